@@ -1,0 +1,49 @@
+// What every entry of the core shares: errors as values, number types, the view of a packed layer.
+#pragma once
+#include <cstdint>
+#include <cstdio>
+
+#include "grinqh/format.h"
+
+namespace grinqh {
+
+// An error is a text that names the argument, its value and what is allowed; no text means success.
+struct Status {
+  char message[256] = {};
+  bool ok() const { return message[0] == '\0'; }
+};
+
+template <typename... Args>
+Status error(const char* format, Args... args) {
+  Status status;
+  std::snprintf(status.message, sizeof(status.message), format, args...);
+  return status;
+}
+
+enum class Dtype : std::int32_t { f32, f16, bf16 };
+
+// A packed layer as the canonical format lays it out (format.h). All pointers are borrowed.
+struct PackedWeight {
+  std::int64_t n = 0;      // out_features
+  std::int64_t k = 0;      // in_features
+  std::int64_t block = 0;  // outputs that share a block scale
+  PlaneWidths widths;
+  std::int64_t channels[kMaxPlanes] = {};         // stored channels of each plane, never growing
+  const std::uint8_t* plane[kMaxPlanes] = {};     // [channels[p]][plane_row_bytes(n, width[p])]
+  const std::uint16_t* block_scale = nullptr;     // float16 [k][block_count(n, block)]
+  const float* row_scale = nullptr;               // [n]
+  const float* gain = nullptr;                    // [planes]
+  const std::int32_t* channel_order = nullptr;    // [k], the input feature of each stored channel
+};
+
+// How a token's channels are graded: stored channel c of input row x has the importance
+// |x[channel_order[c]]| * channel_weight[c], and its grade is the number of thresholds at or below it,
+// at most the number of planes stored for it. With a budget, each row's thresholds are first scaled by
+// one factor, found for the row, so that the row reads as many bits as the budget allows and no more.
+struct Grading {
+  const float* channel_weight = nullptr;  // [k], finite and >= 0
+  const float* thresholds = nullptr;      // [planes], >= 0, never falling, infinity allowed
+  const float* budget = nullptr;          // [1] or null: mean read bits allowed for each row
+};
+
+}  // namespace grinqh
