@@ -1,0 +1,124 @@
+#include "grading.h"
+
+#include <bit>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "grinqh/core.h"
+#include "half.h"
+#include "parallel.h"
+#include "validate.h"
+
+namespace grinqh {
+namespace {
+
+// An infinite threshold stays so for every factor, 0 included.
+RowThresholds scaled(const float* thresholds, int planes, float factor) {
+  RowThresholds result{};
+  for (int p = 0; p < planes; ++p) {
+    result.value[p] = std::isinf(thresholds[p]) ? thresholds[p] : factor * thresholds[p];
+  }
+  return result;
+}
+
+std::int64_t bits_read(const PackedWeight& weight, const RowThresholds& thresholds,
+                       std::span<const float> importance) {
+  std::int64_t sum = 0;
+  for (int p = 0; p < weight.widths.count; ++p) {
+    std::int64_t count = 0;
+    for (std::int64_t c = 0; c < weight.channels[p]; ++c) {
+      count += !(importance[static_cast<std::size_t>(c)] < thresholds.value[p]);
+    }
+    sum += count * weight.widths.width[p];
+  }
+  return sum;
+}
+
+// The smallest factor whose thresholds read no more than the budget: bits_read never grows with the factor,
+// and positive floats are ordered as their bit patterns are, so a bisection of the patterns finds it.
+RowThresholds within_budget(const PackedWeight& weight, const Grading& grading, std::span<const float> importance) {
+  const double allowed = static_cast<double>(*grading.budget) * static_cast<double>(weight.k);
+  const auto fits = [&](std::uint32_t pattern) {
+    const RowThresholds tried = scaled(grading.thresholds, weight.widths.count, std::bit_cast<float>(pattern));
+    return static_cast<double>(bits_read(weight, tried, importance)) <= allowed;
+  };
+  std::uint32_t low = 0;  // the pattern of 0.0f
+  std::uint32_t high = std::bit_cast<std::uint32_t>(std::numeric_limits<float>::max());
+  while (low < high) {
+    const std::uint32_t middle = low + (high - low) / 2;
+    if (fits(middle)) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return scaled(grading.thresholds, weight.widths.count, std::bit_cast<float>(low));
+}
+
+}  // namespace
+
+void gather_row(const void* x_row, Dtype dtype, const PackedWeight& weight, std::span<float> values) {
+  const auto gather = [&](auto load) {
+    for (std::size_t c = 0; c < values.size(); ++c) values[c] = load(weight.channel_order[c]);
+  };
+  switch (dtype) {
+    case Dtype::f32: gather([x = static_cast<const float*>(x_row)](std::int32_t j) { return x[j]; }); return;
+    case Dtype::f16:
+      gather([x = static_cast<const std::uint16_t*>(x_row)](std::int32_t j) { return half_to_float(x[j]); });
+      return;
+    case Dtype::bf16:
+      gather([x = static_cast<const std::uint16_t*>(x_row)](std::int32_t j) { return bfloat16_to_float(x[j]); });
+      return;
+  }
+}
+
+RowThresholds row_thresholds(const PackedWeight& weight, const Grading& grading, std::span<const float> values) {
+  if (grading.budget == nullptr) return scaled(grading.thresholds, weight.widths.count, 1.0f);
+  std::vector<float> importance(values.size());
+  for (std::size_t c = 0; c < values.size(); ++c) {
+    importance[c] = std::fabs(values[c]) * grading.channel_weight[c];
+  }
+  return within_budget(weight, grading, importance);
+}
+
+void grade_channels(const PackedWeight& weight, const Grading& grading, const RowThresholds& thresholds,
+                    std::span<const float> values, std::span<std::uint8_t> grades) {
+  std::size_t end = values.size();
+  // Stored planes never grow with the channel: count backwards through the prefixes.
+  for (int stored = 0; stored <= weight.widths.count; ++stored) {
+    const std::size_t begin =
+        stored == weight.widths.count ? 0 : static_cast<std::size_t>(weight.channels[stored]);
+    for (std::size_t c = begin; c < end; ++c) {
+      const float importance = std::fabs(values[c]) * grading.channel_weight[c];
+      int grade = 0;
+      for (int p = 0; p < stored; ++p) grade += !(importance < thresholds.value[p]);
+      grades[c] = static_cast<std::uint8_t>(grade);
+    }
+    end = begin;
+  }
+}
+
+Status grade(const GradeParams& params, const Executor& executor) {
+  const PackedWeight& weight = params.weight;
+  Status status = check_shape(weight.n, weight.k);
+  if (status.ok()) status = check_widths(weight.widths);
+  if (status.ok()) status = check_channels(weight.widths, weight.channels, weight.k);
+  if (status.ok()) status = check_dtype(params.dtype);
+  if (status.ok()) status = check_grading(params.grading, weight.widths);
+  if (!status.ok()) return status;
+
+  const auto k = static_cast<std::size_t>(weight.k);
+  const std::int64_t item = params.dtype == Dtype::f32 ? 4 : 2;
+  parallel_for(executor, params.m, 1, [&](std::int64_t begin, std::int64_t end) {
+    std::vector<float> values(k);
+    for (std::int64_t m = begin; m < end; ++m) {
+      gather_row(static_cast<const char*>(params.x) + m * params.x_stride * item, params.dtype, weight, values);
+      const RowThresholds thresholds = row_thresholds(weight, params.grading, values);
+      grade_channels(weight, params.grading, thresholds, values, {params.grades + m * weight.k, k});
+    }
+  });
+  return {};
+}
+
+}  // namespace grinqh

@@ -1,0 +1,18 @@
+// Checks that the entries share. Each names the argument, its value and what is allowed.
+#pragma once
+#include "grinqh/types.h"
+
+namespace grinqh {
+
+Status check_shape(std::int64_t n, std::int64_t k);
+Status check_block(std::int64_t block);
+Status check_widths(const PlaneWidths& widths);
+Status check_channels(const PlaneWidths& widths, const std::int64_t* channels, std::int64_t k);
+Status check_dtype(Dtype dtype);
+// Every value lies in [0, k) and none occurs twice.
+Status check_permutation(const std::int32_t* channel_order, std::int64_t k);
+// Thresholds that never fall, none negative or NaN; channel weights are the caller's to check once.
+Status check_grading(const Grading& grading, const PlaneWidths& widths);
+Status check_packed(const PackedWeight& weight);
+
+}  // namespace grinqh

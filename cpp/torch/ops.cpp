@@ -1,0 +1,302 @@
+// torch.ops.grinqh: the schemas and the CPU kernels. docs/ops.md documents shapes and dtypes.
+#include "ops_common.h"
+
+#include <algorithm>
+
+#include "core/validate.h"
+
+namespace grinqh::binding {
+namespace {
+
+// The core's work on torch's own threads.
+void run_on_torch_threads(int64_t count, int64_t grain, Executor::Body body, void* context) {
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+constexpr Executor kTorchThreads{run_on_torch_threads};
+
+// A layer's tensors in the order of the schemas.
+struct LayerArguments {
+  std::vector<Tensor> planes;
+  Tensor block_scale, row_scale, gain, channel_order, channel_weight, thresholds;
+  std::vector<int64_t> widths;
+  int64_t block;
+  std::optional<Tensor> bias, budget;
+
+  PackedTensors packed() const { return {planes, block_scale, row_scale, gain, channel_order, widths, block}; }
+};
+#define GRINQH_LAYER_PARAMETERS                                                                              \
+  std::vector<Tensor> planes, Tensor block_scale, Tensor row_scale, Tensor gain, Tensor channel_order,       \
+      Tensor channel_weight, Tensor thresholds, std::vector<int64_t> widths, int64_t block,                  \
+      std::optional<Tensor> bias, std::optional<Tensor> budget
+#define GRINQH_LAYER_ARGUMENTS                                                                               \
+  LayerArguments {                                                                                           \
+    planes, block_scale, row_scale, gain, channel_order, channel_weight, thresholds, widths, block, bias, budget \
+  }
+
+void check_bias(const char* op, const std::optional<Tensor>& bias, const Tensor& x, int64_t n) {
+  if (bias.has_value()) check_tensor(op, "bias", *bias, x.scalar_type(), {n}, x);
+}
+
+void run_gemv(const char* op, const Tensor& x, const LayerArguments& layer, const Tensor& y, Tensor* read_bits) {
+  GemvParams params{};
+  params.dtype = to_dtype(op, "x", x.scalar_type());
+  params.weight = to_packed(op, layer.packed(), x);
+  params.grading = to_grading(op, layer.channel_weight, layer.thresholds, layer.budget, params.weight, x);
+  check_bias(op, layer.bias, x, params.weight.n);
+  const Rows rows = to_rows(op, x, params.weight.k);
+  params.x = rows.x.const_data_ptr();
+  params.m = rows.count;
+  params.x_stride = rows.stride;
+  params.bias = layer.bias.has_value() ? layer.bias->const_data_ptr() : nullptr;
+  params.y = y.mutable_data_ptr();
+  params.read_bits = read_bits != nullptr ? static_cast<float*>(read_bits->mutable_data_ptr()) : nullptr;
+  params.isa = current_isa();
+  throw_if_error(op, gemv(params, kTorchThreads));
+}
+
+Tensor empty_output(const Tensor& x, const Tensor& row_scale) {
+  STD_TORCH_CHECK(x.dim() >= 1, "grinqh: x has shape []: it must have at least one dimension");
+  STD_TORCH_CHECK(row_scale.dim() == 1, "grinqh: row_scale has shape ", shape_text(row_scale), ": it must be [N]");
+  return torch::stable::new_empty(x, output_sizes(x, row_scale.size(0)));
+}
+
+Tensor gemv_cpu(Tensor x, GRINQH_LAYER_PARAMETERS) {
+  const LayerArguments layer = GRINQH_LAYER_ARGUMENTS;
+  Tensor y = empty_output(x, row_scale);
+  run_gemv("gemv", x, layer, y, nullptr);
+  return y;
+}
+
+void gemv_out_cpu(Tensor x, GRINQH_LAYER_PARAMETERS, Tensor out) {
+  const LayerArguments layer = GRINQH_LAYER_ARGUMENTS;
+  STD_TORCH_CHECK(x.dim() >= 1 && out.dim() == x.dim(), "grinqh::gemv: out has shape ", shape_text(out),
+                  ": it must be that of x, ", shape_text(x), ", with N as its last size");
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) {
+    STD_TORCH_CHECK(out.size(d) == x.size(d), "grinqh::gemv: out has shape ", shape_text(out),
+                    ": it must be that of x, ", shape_text(x), ", with N as its last size");
+  }
+  STD_TORCH_CHECK(row_scale.dim() == 1 && out.size(out.dim() - 1) == row_scale.size(0), "grinqh::gemv: out has shape ",
+                  shape_text(out), ": its last size must be N, the length of row_scale ", shape_text(row_scale));
+  STD_TORCH_CHECK(out.scalar_type() == x.scalar_type() && out.is_contiguous() && out.is_cpu(),
+                  "grinqh::gemv: out is ", dtype_name(out.scalar_type()), " on ", device_text(out),
+                  ": it must be contiguous, ", dtype_name(x.scalar_type()), " and on ", device_text(x));
+  run_gemv("gemv", x, layer, out, nullptr);
+}
+
+std::tuple<Tensor, Tensor> gemv_read_bits_cpu(Tensor x, GRINQH_LAYER_PARAMETERS) {
+  const LayerArguments layer = GRINQH_LAYER_ARGUMENTS;
+  Tensor y = empty_output(x, row_scale);
+  Tensor read_bits = torch::stable::new_empty(x, leading_sizes(x), ScalarType::Float);
+  run_gemv("gemv_read_bits", x, layer, y, &read_bits);
+  return {y, read_bits};
+}
+
+// Dense weights [K, n_end - n_begin] in x's dtype.
+Tensor dense_outputs(const PackedWeight& weight, const Tensor& x, Dtype dtype, int64_t n_begin, int64_t n_end) {
+  Tensor dense = torch::stable::new_empty(x, {weight.k, n_end - n_begin});
+  DequantizeParams params{weight, weight.widths.count, n_begin, n_end, dtype, dense.mutable_data_ptr()};
+  throw_if_error("linear", dequantize(params, kTorchThreads));
+  return dense;
+}
+
+// Prefill: a strip of outputs is made dense, small enough to stay in a core's cache, and multiplied.
+constexpr int64_t kStripBytes = int64_t{2} << 20;
+
+Tensor linear_cpu(Tensor x, GRINQH_LAYER_PARAMETERS, int64_t max_graded_rows) {
+  const LayerArguments layer = GRINQH_LAYER_ARGUMENTS;
+  Tensor y = empty_output(x, row_scale);
+  const PackedWeight weight = to_packed("linear", layer.packed(), x);
+  const Rows rows = to_rows("linear", x, weight.k);
+  if (rows.count <= max_graded_rows) {
+    run_gemv("linear", x, layer, y, nullptr);
+    return y;
+  }
+  const Dtype dtype = to_dtype("linear", "x", x.scalar_type());
+  to_grading("linear", layer.channel_weight, layer.thresholds, layer.budget, weight, x);
+  check_bias("linear", layer.bias, x, weight.n);
+  const Tensor x_rows = torch::stable::reshape(x, {rows.count, weight.k});
+  Tensor y_rows = torch::stable::view(y, {rows.count, weight.n});
+  const int64_t item = dtype == Dtype::f32 ? 4 : 2;
+  const int64_t strip = std::max<int64_t>(kStripBytes / (weight.k * item) / 64 * 64, 64);
+  for (int64_t n = 0; n < weight.n; n += strip) {
+    const int64_t end = std::min(weight.n, n + strip);
+    Tensor product = torch::stable::matmul(x_rows, dense_outputs(weight, x, dtype, n, end));
+    if (layer.bias.has_value()) {
+      Tensor bias_part = *layer.bias;
+      product = torch::stable::subtract(product, torch::stable::narrow(bias_part, 0, n, end - n), -1.0);
+    }
+    Tensor part = torch::stable::narrow(y_rows, 1, n, end - n);
+    torch::stable::copy_(part, product);
+  }
+  return y;
+}
+
+Tensor sort_channels_cpu(Tensor weight, std::optional<Tensor> mean_square) {
+  check_tensor("sort_channels", "weight", weight, ScalarType::Float, {-1, -1}, weight);
+  SortParams params{};
+  params.n = weight.size(0);
+  params.k = weight.size(1);
+  params.weight = static_cast<const float*>(weight.const_data_ptr());
+  if (mean_square.has_value()) {
+    check_tensor("sort_channels", "mean_square", *mean_square, ScalarType::Float, {params.k}, weight);
+    params.mean_square = static_cast<const float*>(mean_square->const_data_ptr());
+  }
+  Tensor order = torch::stable::new_empty(weight, {params.k}, ScalarType::Int);
+  params.channel_order = static_cast<int32_t*>(order.mutable_data_ptr());
+  throw_if_error("sort_channels", sort_channels(params, kTorchThreads));
+  return order;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_cpu(Tensor weight, Tensor channel_order, int64_t block) {
+  check_tensor("quantize", "weight", weight, ScalarType::Float, {-1, -1}, weight);
+  QuantizeParams params{};
+  params.n = weight.size(0);
+  params.k = weight.size(1);
+  params.block = block;
+  check_tensor("quantize", "channel_order", channel_order, ScalarType::Int, {params.k}, weight);
+  STD_TORCH_CHECK(is_block(block), "grinqh::quantize: block is ", block, ": allowed are 32, 64 and 128");
+  Tensor codes = torch::stable::new_empty(weight, {params.k, params.n}, ScalarType::Byte);
+  Tensor block_scale = torch::stable::new_empty(weight, {params.k, block_count(params.n, block)}, ScalarType::Half);
+  Tensor row_scale = torch::stable::new_empty(weight, {params.n});
+  Tensor gain = torch::stable::new_empty(weight, {kCodeBits + 1});
+  Tensor channel_error = torch::stable::new_empty(weight, {kCodeBits + 1, params.k});
+  params.weight = static_cast<const float*>(weight.const_data_ptr());
+  params.channel_order = static_cast<const int32_t*>(channel_order.const_data_ptr());
+  params.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
+  params.block_scale = static_cast<uint16_t*>(block_scale.mutable_data_ptr());
+  params.row_scale = static_cast<float*>(row_scale.mutable_data_ptr());
+  params.gain = static_cast<float*>(gain.mutable_data_ptr());
+  params.channel_error = static_cast<float*>(channel_error.mutable_data_ptr());
+  throw_if_error("quantize", quantize(params, kTorchThreads));
+  return {codes, block_scale, row_scale, gain, channel_error};
+}
+
+std::vector<Tensor> pack_cpu(Tensor codes, std::vector<int64_t> widths, std::vector<int64_t> channels) {
+  check_tensor("pack", "codes", codes, ScalarType::Byte, {-1, -1}, codes);
+  PackParams params{};
+  params.k = codes.size(0);
+  params.n = codes.size(1);
+  params.codes = static_cast<const uint8_t*>(codes.const_data_ptr());
+  params.widths = to_widths("pack", widths);
+  STD_TORCH_CHECK(channels.size() == widths.size(), "grinqh::pack: channels has ", channels.size(),
+                  " entries and widths ", widths.size(), ": they must be as many");
+  std::copy(channels.begin(), channels.end(), params.channels);
+  throw_if_error("pack", check_channels(params.widths, params.channels, params.k));
+  std::vector<Tensor> planes;
+  for (int p = 0; p < params.widths.count; ++p) {
+    planes.push_back(torch::stable::new_empty(
+        codes, {params.channels[p], plane_row_bytes(params.n, params.widths.width[p])}, ScalarType::Byte));
+    params.plane[p] = static_cast<uint8_t*>(planes.back().mutable_data_ptr());
+  }
+  throw_if_error("pack", pack(params, kTorchThreads));
+  return planes;
+}
+
+Tensor unpack_cpu(std::vector<Tensor> planes, std::vector<int64_t> widths, int64_t n, int64_t k) {
+  STD_TORCH_CHECK(!planes.empty(), "grinqh::unpack: planes is empty: it must hold one tensor for each plane");
+  PackedWeight weight;
+  weight.n = n;
+  weight.k = k;
+  weight.widths = to_widths("unpack", widths);
+  throw_if_error("unpack", check_shape(n, k));
+  add_planes("unpack", planes, planes[0], weight);
+  Tensor codes = torch::stable::new_empty(planes[0], {k, n});
+  UnpackParams params{};
+  params.n = n;
+  params.k = k;
+  params.widths = weight.widths;
+  std::copy(weight.channels, weight.channels + kMaxPlanes, params.channels);
+  std::copy(weight.plane, weight.plane + kMaxPlanes, params.plane);
+  params.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
+  throw_if_error("unpack", unpack(params, kTorchThreads));
+  return codes;
+}
+
+Tensor grade_cpu(Tensor x, std::vector<Tensor> planes, Tensor channel_order, Tensor channel_weight, Tensor thresholds,
+                 std::vector<int64_t> widths, std::optional<Tensor> budget) {
+  GradeParams params{};
+  params.dtype = to_dtype("grade", "x", x.scalar_type());
+  check_tensor("grade", "channel_order", channel_order, ScalarType::Int, {-1}, x);
+  PackedWeight& weight = params.weight;
+  weight.widths = to_widths("grade", widths);
+  weight.k = channel_order.size(0);
+  weight.n = 1;  // grades do not depend on the outputs
+  weight.channel_order = static_cast<const int32_t*>(channel_order.const_data_ptr());
+  STD_TORCH_CHECK(planes.size() == widths.size(), "grinqh::grade: planes has ", planes.size(), " tensors and widths ",
+                  widths.size(), " entries: they must be as many");
+  for (size_t p = 0; p < planes.size(); ++p) {
+    check_tensor("grade", "planes[" + std::to_string(p) + "]", planes[p], ScalarType::Byte, {-1, -1}, x);
+    weight.channels[p] = planes[p].size(0);
+  }
+  params.grading = to_grading("grade", channel_weight, thresholds, budget, weight, x);
+  const Rows rows = to_rows("grade", x, weight.k);
+  params.x = rows.x.const_data_ptr();
+  params.m = rows.count;
+  params.x_stride = rows.stride;
+  Tensor grades = torch::stable::new_empty(x, output_sizes(x, weight.k), ScalarType::Byte);
+  params.grades = static_cast<uint8_t*>(grades.mutable_data_ptr());
+  throw_if_error("grade", grade(params, kTorchThreads));
+  return grades;
+}
+
+Tensor dequantize_cpu(std::vector<Tensor> planes, Tensor block_scale, Tensor row_scale, Tensor gain,
+                      Tensor channel_order, std::vector<int64_t> widths, int64_t block, int64_t grade,
+                      ScalarType dtype) {
+  DequantizeParams params{};
+  params.weight = to_packed("dequantize", {planes, block_scale, row_scale, gain, channel_order, widths, block},
+                            row_scale);
+  STD_TORCH_CHECK(grade >= 0 && grade <= params.weight.widths.count, "grinqh::dequantize: grade is ", grade,
+                  ": allowed are 0 to ", params.weight.widths.count);
+  params.grade = static_cast<int>(grade);
+  params.n_end = params.weight.n;
+  params.dtype = to_dtype("dequantize", "dtype", dtype);
+  Tensor dense = torch::stable::new_empty(row_scale, {params.weight.k, params.weight.n}, dtype);
+  params.out = dense.mutable_data_ptr();
+  throw_if_error("dequantize", dequantize(params, kTorchThreads));
+  return dense;
+}
+
+std::string cpu_isa() { return isa_name(current_isa()); }
+
+}  // namespace
+}  // namespace grinqh::binding
+
+#define GRINQH_LAYER                                                                                        \
+  "Tensor[] planes, Tensor block_scale, Tensor row_scale, Tensor gain, Tensor channel_order, Tensor "       \
+  "channel_weight, Tensor thresholds, int[] widths, int block, Tensor? bias=None, Tensor? budget=None"
+
+STABLE_TORCH_LIBRARY(grinqh, m) {
+  m.def("gemv(Tensor x, " GRINQH_LAYER ") -> Tensor");
+  m.def("gemv.out(Tensor x, " GRINQH_LAYER ", *, Tensor(a!) out) -> ()");
+  m.def("gemv_read_bits(Tensor x, " GRINQH_LAYER ") -> (Tensor, Tensor)");
+  m.def("linear(Tensor x, " GRINQH_LAYER ", int max_graded_rows=16) -> Tensor");
+  m.def("sort_channels(Tensor weight, Tensor? mean_square=None) -> Tensor");
+  m.def("quantize(Tensor weight, Tensor channel_order, int block=64) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("pack(Tensor codes, int[] widths, int[] channels) -> Tensor[]");
+  m.def("unpack(Tensor[] planes, int[] widths, int n, int k) -> Tensor");
+  m.def(
+      "grade(Tensor x, Tensor[] planes, Tensor channel_order, Tensor channel_weight, Tensor thresholds, int[] widths, "
+      "Tensor? budget=None) -> Tensor");
+  m.def(
+      "dequantize(Tensor[] planes, Tensor block_scale, Tensor row_scale, Tensor gain, Tensor channel_order, int[] "
+      "widths, int block, int grade, ScalarType dtype) -> Tensor");
+  m.def("cpu_isa() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(grinqh, CPU, m) {
+  namespace binding = grinqh::binding;
+  m.impl("gemv", TORCH_BOX(&binding::gemv_cpu));
+  m.impl("gemv.out", TORCH_BOX(&binding::gemv_out_cpu));
+  m.impl("gemv_read_bits", TORCH_BOX(&binding::gemv_read_bits_cpu));
+  m.impl("linear", TORCH_BOX(&binding::linear_cpu));
+  m.impl("sort_channels", TORCH_BOX(&binding::sort_channels_cpu));
+  m.impl("quantize", TORCH_BOX(&binding::quantize_cpu));
+  m.impl("pack", TORCH_BOX(&binding::pack_cpu));
+  m.impl("unpack", TORCH_BOX(&binding::unpack_cpu));
+  m.impl("grade", TORCH_BOX(&binding::grade_cpu));
+  m.impl("dequantize", TORCH_BOX(&binding::dequantize_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(grinqh, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&grinqh::binding::cpu_isa));
+}

@@ -1,0 +1,145 @@
+"""Loads the compiled ops into `torch.ops.grinqh` and gives them their fake kernels and gradients.
+
+The schemas, with shapes and dtypes, are documented in docs/ops.md.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _load() -> None:
+    # Loading a second copy would register the ops twice, which ends the process.
+    if hasattr(torch.ops.grinqh, "gemv"):
+        return
+    # find_spec, not a path beside this file: in an editable install the library lies elsewhere.
+    spec = importlib.util.find_spec("grinqh._ops")
+    if spec is None or spec.origin is None:
+        raise ImportError("grinqh._ops, the compiled ops, was not found: install the package with pip")
+    torch.ops.load_library(spec.origin)
+
+
+_load()
+
+
+def cpu_isa() -> str:
+    """The instruction set that the CPU kernels use here: "avx512", "avx2", "neon" or "scalar"."""
+    return str(torch.ops.grinqh.cpu_isa())
+
+
+@torch.library.register_fake("grinqh::gemv")
+def _gemv_fake(
+    x: Tensor, planes: Sequence[Tensor], block_scale: Tensor, row_scale: Tensor, *_: Any, **__: Any
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], row_scale.shape[0]))
+
+
+@torch.library.register_fake("grinqh::gemv.out")
+def _gemv_out_fake(*_: Any, out: Tensor, **__: Any) -> None:
+    pass
+
+
+@torch.library.register_fake("grinqh::gemv_read_bits")
+def _gemv_read_bits_fake(
+    x: Tensor, planes: Sequence[Tensor], block_scale: Tensor, row_scale: Tensor, *_: Any, **__: Any
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty((*x.shape[:-1], row_scale.shape[0])), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.register_fake("grinqh::linear")
+def _linear_fake(
+    x: Tensor, planes: Sequence[Tensor], block_scale: Tensor, row_scale: Tensor, *_: Any, **__: Any
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], row_scale.shape[0]))
+
+
+@torch.library.register_fake("grinqh::sort_channels")
+def _sort_channels_fake(weight: Tensor, mean_square: Tensor | None = None) -> Tensor:
+    return weight.new_empty((weight.shape[1],), dtype=torch.int32)
+
+
+@torch.library.register_fake("grinqh::quantize")
+def _quantize_fake(
+    weight: Tensor, channel_order: Tensor, block: int = 64
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n, k = weight.shape
+    return (
+        weight.new_empty((k, n), dtype=torch.uint8),
+        weight.new_empty((k, (n + block - 1) // block), dtype=torch.float16),
+        weight.new_empty((n,)),
+        weight.new_empty((9,)),
+        weight.new_empty((9, k)),
+    )
+
+
+@torch.library.register_fake("grinqh::pack")
+def _pack_fake(codes: Tensor, widths: Sequence[int], channels: Sequence[int]) -> list[Tensor]:
+    n = codes.shape[1]
+    return [codes.new_empty((c, (n * width + 7) // 8)) for c, width in zip(channels, widths, strict=True)]
+
+
+@torch.library.register_fake("grinqh::unpack")
+def _unpack_fake(planes: Sequence[Tensor], widths: Sequence[int], n: int, k: int) -> Tensor:
+    return planes[0].new_empty((k, n))
+
+
+@torch.library.register_fake("grinqh::grade")
+def _grade_fake(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.uint8)
+
+
+@torch.library.register_fake("grinqh::dequantize")
+def _dequantize_fake(
+    planes: Sequence[Tensor],
+    block_scale: Tensor,
+    row_scale: Tensor,
+    gain: Tensor,
+    channel_order: Tensor,
+    widths: Sequence[int],
+    block: int,
+    grade: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return row_scale.new_empty((channel_order.shape[0], row_scale.shape[0]), dtype=dtype)
+
+
+# The backward for x takes the grades as constants: channel j of row m gets the gradient through its weights at
+# the grade that the forward read. One dense matmul for each grade that occurs.
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, planes, block_scale, row_scale, gain, order, channel_weight, thresholds, widths, block, bias, budget, *rest = inputs
+    ctx.save_for_backward(x, *planes, block_scale, row_scale, gain, order, channel_weight, thresholds, budget)
+    ctx.widths, ctx.block, ctx.has_bias = widths, block, bias is not None
+    ctx.max_graded_rows = rest[0] if rest else None
+
+
+def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
+    x, *planes, block_scale, row_scale, gain, order, channel_weight, thresholds, budget = ctx.saved_tensors
+    rows = x.shape[:-1].numel()
+    layer = (planes, block_scale, row_scale, gain, order, ctx.widths, ctx.block)
+    grad_x = torch.zeros_like(x)
+    if ctx.max_graded_rows is not None and rows > ctx.max_graded_rows:
+        dense = torch.ops.grinqh.dequantize(*layer, len(planes), grad_y.dtype)
+        grad_x = grad_y @ dense.T
+    else:
+        stored = torch.ops.grinqh.grade(x, planes, order, channel_weight, thresholds, ctx.widths, budget)
+        grades = torch.empty_like(stored).index_copy_(-1, order.long(), stored)
+        for grade in range(1, len(planes) + 1):
+            dense = torch.ops.grinqh.dequantize(*layer, grade, grad_y.dtype)
+            grad_x += torch.where(grades == grade, grad_y @ dense.T, 0)
+    grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0) if ctx.has_bias else None
+    none_after_bias = (None,) * (1 if ctx.max_graded_rows is None else 2)
+    return (grad_x, [None] * len(planes), *(None,) * 8, grad_bias, *none_after_bias)
+
+
+torch.library.register_autograd("grinqh::gemv", _gradients, setup_context=_save_for_backward)
+torch.library.register_autograd("grinqh::linear", _gradients, setup_context=_save_for_backward)
+torch.library.register_autograd(
+    "grinqh::gemv_read_bits",
+    lambda ctx, grad_y, _: _gradients(ctx, grad_y),
+    setup_context=_save_for_backward,
+)
