@@ -1,0 +1,156 @@
+"""`GrinqhLinear`: a linear layer whose weights are packed planes, read as far as each token needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from grinqh import packing
+from grinqh.config import LayerFormat
+from grinqh.errors import InputError
+
+
+class GrinqhLinear(nn.Module):
+    """Takes the place of a `torch.nn.Linear`.
+
+    Its parameters are the tensors of `grinqh.packing`, none trainable; gradients flow to the input. The dial is the
+    buffer `thresholds` (float32 [G], all 0 at first: everything is read), which `grinqh.set_bits` writes in place.
+
+    Args:
+        tensors: the packed layer (see `grinqh.packing`), with a bias or without.
+        format: plane widths and block.
+        max_graded_rows: inputs of more rows than this are read in full.
+    """
+
+    thresholds: Tensor
+    read_total: Tensor
+    budget: Tensor | None
+
+    def __init__(self, tensors: Mapping[str, Tensor], format: LayerFormat, max_graded_rows: int = 16) -> None:
+        super().__init__()
+        self.format = format
+        self.in_features = tensors["channel_order"].shape[0]
+        self.out_features = tensors["row_scale"].shape[0]
+        self.max_graded_rows = max_graded_rows
+        self.count_reads = False
+        self.register_parameter("bias", None)
+        self.set_packed(tensors, format)
+        device = tensors["gain"].device
+        # Not saved: they follow from the dial setting that the model's config records.
+        self.register_buffer("thresholds", torch.zeros(format.planes, device=device), persistent=False)
+        self.register_buffer("budget", None, persistent=False)
+        # Sum of the read bits of the rows counted, and their number.
+        self.register_buffer("read_total", torch.zeros(2, dtype=torch.float64, device=device), persistent=False)
+
+    @property
+    def tensors(self) -> packing.PackedTensors:
+        """The packed tensors by name."""
+        return {name: p.detach() for name, p in self._parameters.items() if p is not None}
+
+    def set_packed(self, tensors: Mapping[str, Tensor], format: LayerFormat) -> None:
+        """Puts other packed tensors into the layer, for the same numbers of inputs and outputs."""
+        for name in [name for name in self._parameters if name.startswith("plane_")]:
+            del self._parameters[name]
+        for name, tensor in tensors.items():
+            setattr(self, name, nn.Parameter(tensor.detach(), requires_grad=False))
+        self.format = format
+        self._planes = [packing.plane_name(p) for p in range(format.planes)]
+        self._widths = list(format.plane_widths)
+
+    @property
+    def stored_channels(self) -> list[int]:
+        """Channels stored in each plane: K_p."""
+        return [self._parameters[name].shape[0] for name in self._planes]  # type: ignore[union-attr]
+
+    @property
+    def weights(self) -> int:
+        """Number of weights, in_features * out_features."""
+        return self.in_features * self.out_features
+
+    @property
+    def stored_bits(self) -> float:
+        """Mean bits per weight in the planes."""
+        kept = zip(self.format.plane_widths, self.stored_channels, strict=True)
+        return sum(width * channels for width, channels in kept) / self.in_features
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the dial has been recorded."""
+        return not bool(cast(Tensor, self.dial).isnan().any())
+
+    def set_thresholds(self, thresholds: Tensor | Sequence[float]) -> None:
+        """Writes the thresholds, in place.
+
+        Args:
+            thresholds: [G] numbers of at least 0 that never fall; infinity is allowed.
+
+        Raises:
+            InputError: a wrong number of them, NaN, a negative number, or a falling one.
+        """
+        new = torch.as_tensor(thresholds, dtype=torch.float32)
+        if new.shape != self.thresholds.shape:
+            raise InputError(f"thresholds have shape {list(new.shape)}, must have {list(self.thresholds.shape)}")
+        packing.check_thresholds("thresholds", new)
+        self.thresholds.copy_(new)
+
+    def set_budget(self, read_bits: float | None) -> None:
+        """Makes every row keep to so many read bits, or (None) lets the thresholds alone decide.
+
+        Changing the number is done in place; switching the budget on or off makes `torch.compile` compile again.
+        """
+        if read_bits is None or self.budget is None:
+            self.budget = None if read_bits is None else self.thresholds.new_empty(1)
+        if self.budget is not None:
+            self.budget.fill_(read_bits)
+
+    def reset_buffers(self) -> None:
+        """Everything is read, no budget, nothing counted: the state of a new layer."""
+        self.thresholds = torch.zeros(self.format.planes, device=cast(Tensor, self.gain).device)
+        self.read_total.zero_()
+        self.budget = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps x [..., in_features], float32, float16 or bfloat16, to [..., out_features] of the same type."""
+        p = self._parameters
+        arguments = (
+            x,
+            [p[name] for name in self._planes],
+            p["block_scale"],
+            p["row_scale"],
+            p["gain"],
+            p["channel_order"],
+            p["channel_weight"],
+            self.thresholds,
+            self._widths,
+            self.format.block,
+            p["bias"],
+            self.budget,
+        )
+        if self.count_reads and x.numel() <= self.max_graded_rows * self.in_features:
+            y, read_bits = torch.ops.grinqh.gemv_read_bits(*arguments)
+            self.read_total[0] += read_bits.sum()
+            self.read_total[1] += read_bits.numel()
+            return cast(Tensor, y)
+        return cast(Tensor, torch.ops.grinqh.linear(*arguments, self.max_graded_rows))
+
+    def extra_repr(self) -> str:
+        """The layer's shape and format, for printing."""
+        widths = ",".join(map(str, self.format.plane_widths))
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"planes={widths}, stored_bits={self.stored_bits:.3g}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GrinqhLinear:
+        # `.to(torch.bfloat16)`, `.half()` and the like must not round the stored scales: only the bias has the
+        # model's dtype, everything else moves between devices alone.
+        bias = self.bias
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if tensor is bias or moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)

@@ -1,0 +1,254 @@
+"""A model's packed layers: making them, finding them, counting what they read."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from grinqh import packing
+from grinqh.config import GrinqhConfig, check_patterns, matches
+from grinqh.errors import InputError
+from grinqh.linear import GrinqhLinear
+
+logger = logging.getLogger(__name__)
+
+Model = TypeVar("Model", bound=nn.Module)
+
+UNLIMITED_ROWS = 2**31 - 1
+
+
+def quantize_model(model: Model, config: GrinqhConfig | None = None, *, progress: bool = True) -> Model:
+    """Replaces the model's linear layers by `GrinqhLinear`, in place.
+
+    The new layers read everything until `grinqh.calibrate` has recorded the dial. What each layer loses at each grade
+    is logged (logger `grinqh.model`, level INFO).
+
+    Args:
+        model: any module; for a transformers model the config is recorded, so that `save_pretrained` works.
+        config: what to convert and how; None for the defaults.
+        progress: whether to show a progress bar on stderr (only if that is a terminal).
+
+    Returns:
+        The model.
+
+    Raises:
+        InputError: nothing to convert, a pattern that matches nothing, or a weight that is NaN, infinite or no float,
+            by name; the model is then unchanged.
+
+    Warns:
+        UserWarning: parameters that look like weights of linear layers and cannot be converted, by name.
+    """
+    config = GrinqhConfig() if config is None else config
+    layers = linear_layers(model, config)
+    for name, linear in layers.items():
+        packing.check_weight(f"{name}.weight", linear.weight)
+        if linear.bias is not None and not torch.isfinite(linear.bias).all():
+            raise InputError(f"{name}.bias holds NaN or infinity, must be finite")
+    _warn_of_unconverted(model, layers)
+
+    converted: dict[int, GrinqhLinear] = {}
+    names = list(layers)
+    for name in tqdm(names, desc="quantize", unit="layer", file=sys.stderr, disable=None if progress else True):
+        linear = layers.pop(name)
+        if id(linear) not in converted:  # else: a layer that the model uses under several names
+            converted[id(linear)] = _quantize_layer(name, linear, config)
+        model.set_submodule(name, converted[id(linear)])
+    _record(model, config, names)
+    return model
+
+
+def linear_layers(model: nn.Module, config: GrinqhConfig, *, check: bool = True) -> dict[str, nn.Linear]:
+    """The layers that `quantize_model` converts, by name; a model on the meta device will do.
+
+    Args:
+        model: any module.
+        config: says what to leave alone. The output head, and layers that share their weight with another module
+            (a tied head), are left alone unless `convert_lm_head`.
+        check: whether to refuse patterns that match nothing, and a model without such layers.
+
+    Raises:
+        InputError: see `check`.
+    """
+    linears = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if type(module) is nn.Linear  # not a subclass: its forward may do something else
+    }
+    if check:
+        check_patterns("modules_to_not_convert", config.modules_to_not_convert or [], linears)
+        check_patterns("overrides", config.overrides, linears)
+    left_alone = set() if config.convert_lm_head else _heads(model)
+    chosen = {
+        name: module
+        for name, module in linears.items()
+        if name not in left_alone and not any(matches(p, name) for p in config.modules_to_not_convert or [])
+    }
+    if check and not chosen:
+        raise InputError(
+            f"{type(model).__name__} has no layer to convert: of its {len(linears)} torch.nn.Linear, "
+            f"{len(linears)} are the head or named by modules_to_not_convert"
+        )
+    return chosen
+
+
+def packed_layers(model: nn.Module) -> dict[str, GrinqhLinear]:
+    """The model's packed layers by name.
+
+    Raises:
+        InputError: there are none.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, GrinqhLinear)}
+    if not layers:
+        raise InputError(f"{type(model).__name__} has no packed layers: call grinqh.quantize_model first")
+    return layers
+
+
+def model_config(model: nn.Module) -> GrinqhConfig:
+    """The config that the model was converted with.
+
+    Raises:
+        InputError: the model was not converted.
+    """
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    config = config if isinstance(config, GrinqhConfig) else getattr(model, "grinqh_config", None)
+    if not isinstance(config, GrinqhConfig):
+        raise InputError(f"{type(model).__name__} records no GrinqhConfig: call grinqh.quantize_model first")
+    return config
+
+
+def stored_bits(model: nn.Module) -> float:
+    """Mean bits per weight in the planes of the packed layers; scales are not counted (see `packed_bytes`)."""
+    layers = packed_layers(model).values()
+    return sum(layer.stored_bits * layer.weights for layer in layers) / sum(layer.weights for layer in layers)
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """Bytes of all tensors of the packed layers, scales, tables and biases included."""
+    layers = packed_layers(model).values()
+    return sum(tensor.numel() * tensor.element_size() for layer in layers for tensor in layer.tensors.values())
+
+
+@contextmanager
+def graded(model: nn.Module) -> Iterator[None]:
+    """Within it every row is graded on its own, however many rows an input has: prefill reads as decoding does."""
+    layers = packed_layers(model).values()
+    before = [layer.max_graded_rows for layer in layers]
+    for layer in layers:
+        layer.max_graded_rows = UNLIMITED_ROWS
+    try:
+        yield
+    finally:
+        for layer, rows in zip(layers, before, strict=True):
+            layer.max_graded_rows = rows
+
+
+@dataclass(frozen=True)
+class ReadStats:
+    """What graded rows read since counting began."""
+
+    read_bits: float  # mean bits per weight, over rows and weights
+    layers: dict[str, float]  # the same of each layer that saw a row
+
+
+def count_reads(model: nn.Module, enabled: bool = True) -> None:
+    """Switches the counting of read bits on or off.
+
+    Counts are summed on the layers' device. Only graded rows count: prefill, which reads everything, does not.
+    """
+    for layer in packed_layers(model).values():
+        layer.count_reads = enabled
+
+
+def read_stats(model: nn.Module) -> ReadStats:
+    """Read bits since `count_reads` or `reset_read_stats`.
+
+    Raises:
+        InputError: nothing was counted.
+    """
+    layers = packed_layers(model)
+    sums = {name: layer.read_total.tolist() for name, layer in layers.items()}
+    bits = {name: total / rows for name, (total, rows) in sums.items() if rows > 0}
+    if not bits:
+        raise InputError("no rows were counted: call grinqh.count_reads(model) before running the model")
+    weights = sum(layers[name].weights for name in bits)
+    return ReadStats(sum(bits[name] * layers[name].weights for name in bits) / weights, bits)
+
+
+def reset_read_stats(model: nn.Module) -> None:
+    """Forgets what was counted."""
+    for layer in packed_layers(model).values():
+        layer.read_total.zero_()
+
+
+def _quantize_layer(name: str, linear: nn.Linear, config: GrinqhConfig) -> GrinqhLinear:
+    format = config.format(name)
+    points = int(config.dial_grid[2])
+    tensors = packing.pack_weight(linear.weight, format, name=f"{name}.weight", dial_points=points)
+    if linear.bias is not None:
+        tensors["bias"] = linear.bias
+    layer = GrinqhLinear(tensors, format, config.max_graded_rows).to(linear.weight.device)
+    layer.train(linear.training)
+    if logger.isEnabledFor(logging.INFO):
+        loss = (layer.error / layer.error[0]).sqrt().tolist()
+        grades = ", ".join(f"{bits} bits {part:.2%}" for bits, part in zip(format.grade_bits, loss, strict=True))
+        logger.info("%s: %d x %d, relative weight error at %s", name, layer.out_features, layer.in_features, grades)
+    return layer
+
+
+def _heads(model: nn.Module) -> set[str]:
+    """Names of the output head and of linear layers that share their weight with another module."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if find else None
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tied_names = {name.removesuffix(".weight") for name in [*tied.keys(), *tied.values()]}
+    owners: dict[int, set[int]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), set()).add(id(module))
+    heads = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear):
+            shared = len(owners[id(module.weight)]) > 1
+            if module is head or name in tied_names or shared or name.rpartition(".")[2] == "lm_head":
+                heads.add(name)
+    return heads
+
+
+def _warn_of_unconverted(model: nn.Module, layers: dict[str, nn.Linear]) -> None:
+    """Names the matrices and stacks of matrices (the experts of a mixture, say) that stay as they are.
+
+    Linear layers that the config leaves alone, embeddings and convolutions are not meant.
+    """
+    names: dict[str, list[int]] = {}
+    for module_name, module in model.named_modules():
+        if type(module) is nn.Linear or isinstance(module, nn.Embedding | nn.modules.conv._ConvNd):
+            continue
+        for name, parameter in module.named_parameters(module_name, recurse=False):
+            if parameter.ndim >= 2 and min(parameter.shape[-2:]) > 1:
+                names.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(parameter.numel())
+    if names:
+        listed = "; ".join(f"{name} ({len(sizes)} of {sizes[0]:,} values)" for name, sizes in names.items())
+        warnings.warn(f"left in full precision, only torch.nn.Linear is converted: {listed}", stacklevel=3)
+
+
+def _record(model: nn.Module, config: GrinqhConfig, names: list[str]) -> None:
+    """Leaves the config where `model_config` and `save_pretrained` find it."""
+    hf_config: Any = getattr(model, "config", None)
+    if hf_config is None or not hasattr(hf_config, "save_pretrained"):
+        model.grinqh_config = config  # type: ignore[assignment]
+        return
+    hf_config.quantization_config = config
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if isinstance(head, GrinqhLinear):  # it has weights of its own now
+        hf_config.tie_word_embeddings = False
+        model.all_tied_weights_keys = {}  # type: ignore[assignment]
