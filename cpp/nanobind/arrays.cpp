@@ -70,10 +70,10 @@ bool has_shape(const Input& array, std::initializer_list<std::int64_t> shape) {
 }
 
 bool is_contiguous(const Input& array) {
+  if (array.size() == 0) return true;
   std::int64_t stride = 1;
   for (std::size_t axis = array.ndim(); axis-- > 0;) {
     const auto size = static_cast<std::int64_t>(array.shape(axis));
-    if (size == 0) return true;
     if (size != 1 && array.stride(axis) != stride) return false;
     stride *= size;
   }

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "arrays.h"
+#include "core/validate.h"
 #include "grinqh/core.h"
 #include "threads.h"
 
@@ -69,6 +70,12 @@ void set_planes(PackedWeight& weight, const Inputs& planes) {
   }
 }
 
+const std::int32_t* checked_order(const Input& channel_order, std::int64_t k) {
+  const std::int32_t* values = ints(channel_order, "channel_order", {k});
+  if (const Status status = check_permutation(values, k); !status.ok()) throw nb::value_error(status.message);
+  return values;
+}
+
 PackedWeight packed_weight(const Inputs& planes, const Input& block_scale, const Input& row_scale, const Input& gain,
                            const Input& channel_order, const std::vector<int>& widths, std::int64_t block) {
   if (!is_block(block)) refuse("block is " + std::to_string(block) + ": allowed are 32, 64 and 128");
@@ -81,7 +88,7 @@ PackedWeight packed_weight(const Inputs& planes, const Input& block_scale, const
   weight.block_scale = halves(block_scale, "block_scale", {weight.k, block_count(weight.n, block)});
   weight.row_scale = floats(row_scale, "row_scale", {weight.n});
   weight.gain = floats(gain, "gain", {weight.widths.count});
-  weight.channel_order = ints(channel_order, "channel_order", {weight.k});
+  weight.channel_order = checked_order(channel_order, weight.k);
   return weight;
 }
 
@@ -203,7 +210,7 @@ Output py_grade(const Input& x, const Inputs& planes, const Input& channel_order
     const std::string name = "planes[" + std::to_string(p) + "]";
     params.weight.channels[p] = checked_size(planes[static_cast<std::size_t>(p)], name.c_str(), 2, 0);
   }
-  params.weight.channel_order = ints(channel_order, "channel_order", {params.weight.k});
+  params.weight.channel_order = checked_order(channel_order, params.weight.k);
   params.grading = checked_grading(params.weight, channel_weight, thresholds, budget);
   const Element element = activation_element(x, "x");
   params.x = checked_data(x, "x", element, {kAnySize, params.weight.k});

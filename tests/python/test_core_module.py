@@ -66,11 +66,18 @@ def make_layer(n: int = 70, k: int = 33, widths: list[int] = FINE, block: int = 
     )
 
 
+def stored_planes(layer: Layer) -> NDArray[np.int64]:
+    """int64 [K], how many planes hold each stored channel."""
+    lengths = np.array([len(plane) for plane in layer.planes])
+    counts: NDArray[np.int64] = (np.arange(len(layer.channel_order))[:, None] < lengths).sum(axis=1)
+    return counts
+
+
 def reference_grades(layer: Layer, x: NDArray[Any]) -> NDArray[np.int64]:
     importance = np.abs(x[:, layer.channel_order].astype(np.float32)) * layer.channel_weight
     grades = (importance[:, :, None] >= layer.thresholds).sum(axis=2)
-    stored = sum((np.arange(x.shape[1]) < len(plane)).astype(np.int64) for plane in layer.planes)
-    return np.minimum(grades, stored)
+    result: NDArray[np.int64] = np.minimum(grades, stored_planes(layer))
+    return result
 
 
 def reference_weight(layer: Layer, grades: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -79,7 +86,8 @@ def reference_weight(layer: Layer, grades: NDArray[np.int64]) -> NDArray[np.floa
     gain = np.concatenate([[0.0], layer.gain.astype(np.float64)])[grades][:, None]
     level = (2 * (layer.codes >> (8 - bits)) + 1) / 2.0**bits - 1
     scale = np.repeat(layer.block_scale.astype(np.float64), layer.block, axis=1)[:, : layer.codes.shape[1]]
-    return gain * layer.row_scale.astype(np.float64) * scale * level
+    weight: NDArray[np.float64] = gain * layer.row_scale.astype(np.float64) * scale * level
+    return weight
 
 
 def reference_gemv(layer: Layer, x: NDArray[Any]) -> NDArray[np.float64]:
@@ -148,7 +156,7 @@ def test_unpack_gives_back_the_bits_that_pack_stored(widths: list[int], n: int, 
     assert [plane.shape for plane in planes] == [
         (stored, -(-n * width // 8)) for stored, width in zip(channels, widths, strict=True)
     ]
-    bits_stored = sum(width * (np.arange(k) < stored) for width, stored in zip(widths, channels, strict=True))
+    bits_stored = (np.arange(k)[:, None] < np.array(channels)) @ np.array(widths)
     mask = (0xFF00 >> bits_stored).astype(np.uint8)[:, None]
     np.testing.assert_array_equal(_core.unpack(planes, widths, n, k), codes & mask)
 
@@ -156,9 +164,8 @@ def test_unpack_gives_back_the_bits_that_pack_stored(widths: list[int], n: int, 
 @pytest.mark.parametrize("grade", range(6))
 def test_dequantize_gives_input_features_at_the_grade_or_the_last_stored(grade: int) -> None:
     layer = make_layer(stored=0.8)
-    stored = sum((np.arange(33) < len(plane)).astype(np.int64) for plane in layer.planes)
     expected = np.empty((33, 70))
-    expected[layer.channel_order] = reference_weight(layer, np.minimum(grade, stored))
+    expected[layer.channel_order] = reference_weight(layer, np.minimum(grade, stored_planes(layer)))
     np.testing.assert_allclose(_core.dequantize(**layer.packed(), grade=grade), expected, rtol=1e-5, atol=1e-7)
     half = _core.dequantize(**layer.packed(), grade=grade, dtype="float16")
     assert half.dtype == np.float16
@@ -258,7 +265,6 @@ X = make_x(2, 33)
         ({"x": X[0]}, r"x has shape \[33\]: allowed is \[any, 33\]"),
         ({"x": X[:, :32].copy()}, r"x has shape \[2, 32\]: allowed is \[any, 33\]"),
         ({"x": np.asfortranarray(X)}, "x is strided: allowed are C-contiguous arrays"),
-        ({"x": np.full((1, 33), np.nan, np.float32)}, "x"),
         ({"planes": LAYER.planes[:4]}, "widths has 5 entries: allowed is one for each of the 4 planes"),
         ({"planes": LAYER.planes[::-1]}, r"planes\[0\] has shape \[33, 18\]|planes\[1\] has shape"),
         (
@@ -270,8 +276,8 @@ X = make_x(2, 33)
         ({"row_scale": LAYER.row_scale[:, None]}, r"row_scale has shape \[70, 1\]: allowed are 1 dimensions"),
         ({"gain": LAYER.gain[:4]}, r"gain has shape \[4\]: allowed is \[5\]"),
         ({"channel_order": LAYER.channel_order.astype(np.int64)}, "channel_order has dtype int64: allowed is int32"),
-        ({"channel_order": np.zeros(33, np.int32)}, "channel_order"),
-        ({"channel_order": np.arange(1, 34, dtype=np.int32)}, "channel_order"),
+        ({"channel_order": np.zeros(33, np.int32)}, r"channel_order\[1\] is 0, which occurred before"),
+        ({"channel_order": np.arange(1, 34, dtype=np.int32)}, r"channel_order\[32\] is 33: allowed are 0 to 32"),
         ({"channel_weight": np.full(33, -1, np.float32)}, r"channel_weight\[0\] is -1"),
         ({"channel_weight": np.full(33, np.nan, np.float32)}, r"channel_weight\[0\] is nan"),
         ({"thresholds": LAYER.thresholds[::-1].copy()}, r"thresholds\[1\]"),
