@@ -18,7 +18,7 @@ endif()
 if(GRINQH_BUILD_CUDA)
   set(CMAKE_CUDA_ARCHITECTURES ${GRINQH_CUDA_ARCHITECTURES})
   enable_language(CUDA)
-  # Not CMAKE_CUDA_STANDARD: CMake 3.25 does not know that nvcc takes 20.
+  # Neither CMAKE_CUDA_STANDARD nor CMAKE_CXX_STANDARD: CMake 3.25 does not know that nvcc takes 20.
   add_compile_options("$<$<COMPILE_LANGUAGE:CUDA>:-std=c++20>")
   find_package(CUDAToolkit REQUIRED)
   message(STATUS "grinqh: CUDA kernels: yes (${CMAKE_CUDA_COMPILER}, ${GRINQH_CUDA_ARCHITECTURES})")
