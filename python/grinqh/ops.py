@@ -132,8 +132,9 @@ def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
             dense = torch.ops.grinqh.dequantize(*layer, grade, grad_y.dtype)
             grad_x += torch.where(grades == grade, grad_y @ dense.T, 0)
     grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0) if ctx.has_bias else None
-    none_after_bias = (None,) * (1 if ctx.max_graded_rows is None else 2)
-    return (grad_x, [None] * len(planes), *(None,) * 8, grad_bias, *none_after_bias)
+    gradients = (grad_x, [None] * len(planes), *(None,) * 8, grad_bias, None, None)
+    # The dispatcher leaves out trailing arguments that have their default values.
+    return gradients[: len(ctx.needs_input_grad)]
 
 
 torch.library.register_autograd("grinqh::gemv", _gradients, setup_context=_save_for_backward)
