@@ -63,9 +63,14 @@ class LayerFormat:
         """Bits read at the grades 0..planes."""
         return tuple(accumulate(self.plane_widths, initial=0))
 
-    def planes_within(self, stored_bits: float) -> int:
-        """How many whole planes fit into so many bits per weight."""
-        return sum(bits <= stored_bits for bits in self.grade_bits) - 1
+    def within(self, stored_bits: float | None) -> LayerFormat:
+        """The format with only so many whole planes as fit into so many bits per weight; all for None."""
+        if stored_bits is None:
+            return self
+        planes = sum(bits <= stored_bits for bits in self.grade_bits) - 1
+        if planes < 1:
+            raise InputError(f"stored_bits is {stored_bits}, must be at least {self.plane_widths[0]}, the first plane's bits")
+        return LayerFormat(self.plane_widths[:planes], self.block)
 
 
 class GrinqhConfig(QuantizationConfigMixin):
@@ -131,15 +136,15 @@ class GrinqhConfig(QuantizationConfigMixin):
         self.dial_grid = tuple(dial_grid)
 
         # What from_pretrained(dir, quantization_config=GrinqhConfig(...)) may set over what the directory records.
-        # stored_bits goes by another name: what is on the disk already meets the stored bits recorded there.
+        # stored_bits goes by another name: what is on the disk already meets the one recorded there.
         given = {
             "read_bits": read_bits,
             "exact_budget": exact_budget,
             "max_graded_rows": max_graded_rows,
-            "_stored_bits_to_load": stored_bits,
+            "stored_bits_to_load": stored_bits,
         }
         self._loading_attributes = {name: value for name, value in given.items() if value is not None}
-        self._stored_bits_to_load: float | None = None
+        self.stored_bits_to_load: float | None = None  # not recorded
         self._check()
 
     def _check(self) -> None:
@@ -185,15 +190,12 @@ class GrinqhConfig(QuantizationConfigMixin):
                 merged |= settings
         return merged
 
-    def drop_planes(self, stored_bits: float) -> None:
-        """Records that every layer keeps only as many whole planes as fit into so many bits."""
+    def keep_planes(self, stored_bits: float | None) -> None:
+        """Records that every layer keeps only the whole planes that fit into so many bits per weight."""
         for settings in [self.__dict__, *self.overrides.values()]:
             if "plane_widths" in settings:
-                widths = tuple(settings["plane_widths"])
-                kept = LayerFormat(widths, self.block).planes_within(stored_bits)
-                if kept < 1:
-                    raise InputError(f"stored_bits is {stored_bits}, must be at least {widths[0]}, the first plane's bits")
-                settings["plane_widths"] = widths[:kept]
+                widths = LayerFormat(tuple(settings["plane_widths"]), self.block).within(stored_bits).plane_widths
+                settings["plane_widths"] = widths
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """The settings given to this object that replace those of a model being loaded."""
@@ -201,7 +203,8 @@ class GrinqhConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as config.json records them."""
-        return {key: copy.deepcopy(value) for key, value in self.__dict__.items() if not key.startswith("_")}
+        unrecorded = ("_loading_attributes", "stored_bits_to_load")
+        return {key: copy.deepcopy(value) for key, value in self.__dict__.items() if key not in unrecorded}
 
 
 def check_read_bits(read_bits: ReadBits) -> None:

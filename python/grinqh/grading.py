@@ -85,7 +85,7 @@ def share_at_least(histogram: Tensor, thresholds: Tensor) -> Tensor:
     low, high = ((bins + i) << _BIN_SHIFT for i in (0, 1))
     low, high = low.view(torch.float32).double(), high.view(torch.float32).double()
     within = (high - thresholds.double()) / (high - low)
-    return ((above[bins] + counts[bins] * within) / counts.sum()).float()
+    return ((above[bins] + counts[bins] * within) / counts.sum().clamp(min=1)).float()
 
 
 def read_shares(histograms: Sequence[Tensor], stored: Sequence[float], units: Tensor, tau: Tensor) -> Tensor:

@@ -1,0 +1,88 @@
+"""GRINQH: weights quantized to nested planes of bits, read as far as each token needs.
+
+`import grinqh` registers the ops `torch.ops.grinqh.*` and makes transformers' `from_pretrained` load GRINQH models.
+Everything else is imported when it is first used; without torch, `grinqh._core` alone can be used.
+"""
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from grinqh.calibration import CalibrationReport, calibrate
+    from grinqh.config import GrinqhConfig, LayerFormat
+    from grinqh.dial import DialTable, dial_table, set_bits
+    from grinqh.errors import InputError
+    from grinqh.linear import GrinqhLinear
+    from grinqh.loading import from_pretrained
+    from grinqh.model import (
+        ReadStats,
+        count_reads,
+        graded,
+        packed_bytes,
+        packed_layers,
+        quantize_model,
+        read_stats,
+        reset_read_stats,
+        stored_bits,
+    )
+
+_MODULES = {
+    "calibration": ("CalibrationReport", "calibrate"),
+    "config": ("GrinqhConfig", "LayerFormat"),
+    "dial": ("DialTable", "dial_table", "set_bits"),
+    "errors": ("InputError",),
+    "linear": ("GrinqhLinear",),
+    "loading": ("from_pretrained",),
+    "model": (
+        "ReadStats",
+        "count_reads",
+        "graded",
+        "packed_bytes",
+        "packed_layers",
+        "quantize_model",
+        "read_stats",
+        "reset_read_stats",
+        "stored_bits",
+    ),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [
+    "CalibrationReport",
+    "DialTable",
+    "GrinqhConfig",
+    "GrinqhLinear",
+    "InputError",
+    "LayerFormat",
+    "ReadStats",
+    "calibrate",
+    "count_reads",
+    "dial_table",
+    "from_pretrained",
+    "graded",
+    "packed_bytes",
+    "packed_layers",
+    "quantize_model",
+    "read_stats",
+    "reset_read_stats",
+    "set_bits",
+    "stored_bits",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"grinqh.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'grinqh' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
+
+
+if find_spec("torch"):
+    from grinqh import ops as ops
+    from grinqh.registration import register_with_transformers
+
+    register_with_transformers()

@@ -1,0 +1,383 @@
+"""Calibration: what a model's activations say about which channels and which layers need bits."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from grinqh import grading, packing
+from grinqh.config import GrinqhConfig
+from grinqh.dial import DialTable, dial_table, dial_taus, set_bits
+from grinqh.errors import InputError
+from grinqh.linear import GrinqhLinear
+from grinqh.model import model_config, packed_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+# A layer on whose outputs the loss does not depend at all gets this part of the mean sensitivity.
+LEAST_SENSITIVITY = 2.0**-20
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """What calibration saw and recorded."""
+
+    tokens: int
+    sensitivity: dict[str, float]  # mean squared gradient of a token's loss by a layer's outputs; 1 if not measured
+    stored_bits: dict[str, float]  # mean bits per weight that each layer keeps
+    dial: DialTable
+
+
+def calibrate(
+    model: nn.Module,
+    data: str | Sequence[str] | Tensor | Sequence[Tensor],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    sequence_length: int = 512,
+    max_tokens: int = 8192,
+    sensitivity: bool = True,
+    progress: bool = True,
+) -> CalibrationReport:
+    """Measures a converted model on a text, and records the dial in its layers, in place.
+
+    The model runs over the text once with everything read, and back for the gradients: that gives each input
+    channel's mean square, each layer's sensitivity, and how often each importance occurs. Then the stored channels
+    are put in order of importance, what `stored_bits` of the config leaves out is dropped (after which the text is
+    run once more), and the dial is recorded and set to the config's read_bits. It can be done again with another text.
+
+    Args:
+        model: a module converted by `quantize_model`, whose forward takes token ids [batch, length] and returns
+            logits [batch, length, vocabulary], or an object with such `logits`.
+        data: texts, cut into sequences of `sequence_length`; or token ids, int tensors [length] or [batch, length].
+        tokenizer: of the model; needed for texts.
+        sequence_length: tokens in a sequence, at least 2.
+        max_tokens: at most about so many tokens are used, spread over the data.
+        sensitivity: whether to share bits out among layers by the gradients; else one rule holds for all layers.
+        progress: whether to show a progress bar on stderr (only if that is a terminal).
+
+    Raises:
+        InputError: data that is empty, of another type or without its tokenizer; activations or gradients that are
+            NaN or infinite, by the layer's name. The model is then unchanged.
+
+    Source: DESIGN.md sections 2 and 4.
+    """
+    config, layers = model_config(model), packed_layers(model)
+    batches = _batches(data, tokenizer, sequence_length, max_tokens)
+
+    observed = _observe(model, layers, batches, gradients=sensitivity, progress=progress)
+    seen = {name: statistics for name, statistics in observed.items() if statistics.rows > 0}
+    for name in layers.keys() - seen.keys():
+        logger.warning("%s saw no token: it keeps reading everything (give calibrate more text)", name)
+    if not seen:
+        raise InputError("no packed layer saw a token of the calibration data")
+    sensitivities = _sensitivities(seen) if sensitivity else dict.fromkeys(seen, 1.0)
+
+    units = {}
+    for name, statistics in seen.items():
+        layer = layers[name]
+        _sort(layer, statistics.mean_square)
+        error = cast(Tensor, layer.error)
+        units[name] = grading.unit_thresholds(layer.format.grade_bits, error, sensitivities[name])
+    if _drop_channels(config, layers, units, {name: statistics.mean_square for name, statistics in seen.items()}):
+        observed = _observe(model, layers, batches, gradients=False, progress=progress)
+
+    _record_dial(config, layers, units, observed)
+    set_bits(model, config.read_bits, exact_budget=config.exact_budget)
+    return CalibrationReport(
+        tokens=sum(batch.numel() for batch in batches),
+        sensitivity={name: sensitivities.get(name, 0.0) for name in layers},
+        stored_bits={name: layer.stored_bits for name, layer in layers.items()},
+        dial=dial_table(model),
+    )
+
+
+def _batches(data: Any, tokenizer: Any, sequence_length: int, max_tokens: int) -> list[Tensor]:
+    """The calibration data as batches of token ids [batch, length]."""
+    if sequence_length < 2:
+        raise InputError(f"sequence_length is {sequence_length}, must be at least 2")
+    if max_tokens < 2:
+        raise InputError(f"max_tokens is {max_tokens}, must be at least 2")
+    items = [data] if isinstance(data, str | Tensor) else list(data)
+    if items and all(isinstance(item, str) for item in items):
+        if tokenizer is None:
+            raise InputError("calibrate was given texts but no tokenizer")
+        batches = _tokenize(items, tokenizer, sequence_length)
+    else:
+        batches = [_check_ids(item) for item in items]
+    if not batches:
+        raise InputError("the calibration data is empty, must hold at least one sequence of 2 tokens")
+    mean_tokens = sum(batch.numel() for batch in batches) / len(batches)
+    count = min(len(batches), max(1, round(max_tokens / mean_tokens)))
+    return [batches[i * len(batches) // count] for i in range(count)]
+
+
+def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> list[Tensor]:
+    from grinqh.evaluate import token_windows
+
+    sequences: list[Tensor] = []
+    for text in texts:
+        try:
+            sequences += token_windows(tokenizer, text, sequence_length).ids[:, None]
+        except InputError:  # a text of less than 2 tokens teaches nothing
+            continue
+    return sequences
+
+
+def _check_ids(ids: Any) -> Tensor:
+    if not isinstance(ids, Tensor):
+        raise InputError(f"the calibration data holds a {type(ids).__name__}, must be texts or tensors of token ids")
+    if ids.dtype not in (torch.int32, torch.int64) or ids.ndim not in (1, 2) or ids.numel() == 0 or ids.shape[-1] < 2:
+        raise InputError(
+            f"token ids are {ids.dtype} {list(ids.shape)}, must be int64 or int32 [length] or [batch, length], length >= 2"
+        )
+    return ids if ids.ndim == 2 else ids[None]
+
+
+class _Statistics:
+    """Sums over the rows that one layer saw."""
+
+    def __init__(self, layer: GrinqhLinear) -> None:
+        self.layer = layer
+        self.rows = 0
+        self.square_sum = torch.zeros(layer.in_features, dtype=torch.float64)
+        self.gradient_square_sum = 0.0
+        self.gradients = 0
+        # For each number of stored channels, the importances of those channels.
+        self.histograms: dict[int, Tensor] = {}
+
+    @property
+    def mean_square(self) -> Tensor:
+        """Mean of x_j^2, float64 [K], by input feature."""
+        return self.square_sum / self.rows
+
+    def see_input(self, x: Tensor) -> None:
+        rows = x.detach().reshape(-1, self.layer.in_features).float()
+        self.rows += rows.shape[0]
+        self.square_sum += rows.double().square().sum(0).cpu()
+        order, weight = cast(Tensor, self.layer.channel_order), cast(Tensor, self.layer.channel_weight)
+        importance = rows.abs()[:, order] * weight
+        for channels in set(self.layer.stored_channels):
+            counted = grading.importance_histogram(importance[:, :channels]).cpu()
+            self.histograms[channels] = self.histograms.get(channels, 0) + counted
+
+    def see_gradient(self, gradient: Tensor) -> None:
+        self.gradient_square_sum += float(gradient.double().square().sum())
+        self.gradients += gradient.numel()
+
+
+def _observe(
+    model: nn.Module, layers: Mapping[str, GrinqhLinear], batches: Sequence[Tensor], *, gradients: bool, progress: bool
+) -> dict[str, _Statistics]:
+    """Runs the model over the batches with everything read, and returns what each layer saw."""
+    statistics = {name: _Statistics(layer) for name, layer in layers.items()}
+    device = next(model.parameters()).device
+    with ExitStack() as stack:
+        stack.enter_context(_reading_everything(layers))
+        stack.enter_context(_evaluating(model))
+        stack.enter_context(torch.set_grad_enabled(gradients))
+        for name, layer in layers.items():
+            for handle in _hooks(layer, statistics[name], gradients):
+                stack.callback(handle.remove)
+        for ids in tqdm(batches, desc="calibrate", unit="batch", file=sys.stderr, disable=None if progress else True):
+            ids = ids.to(device)
+            output = model(ids)
+            if gradients:
+                _loss(output, ids).backward()
+    for name, seen in statistics.items():
+        if any(grading.has_invalid(histogram) for histogram in seen.histograms.values()):
+            raise InputError(f"{name} saw activations that are NaN or infinite on the calibration data")
+        if not math.isfinite(seen.gradient_square_sum):
+            raise InputError(f"the gradients of {name} are NaN or infinite on the calibration data")
+    return statistics
+
+
+def _loss(output: Any, ids: Tensor) -> Tensor:
+    """Cross entropy of the next tokens, summed: a mean would make gradients shrink with the sequence's length."""
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != ids.shape:
+        raise InputError("the model returns no logits [batch, length, vocabulary]: calibrate(..., sensitivity=False) needs none")
+    if not logits.requires_grad:
+        raise InputError("the model's logits do not depend on any packed layer")
+    return functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+
+
+def _hooks(layer: GrinqhLinear, seen: _Statistics, gradients: bool) -> Iterator[Any]:
+    yield layer.register_forward_pre_hook(lambda _, arguments: seen.see_input(arguments[0]))
+
+    def watch(_: nn.Module, __: Any, y: Tensor) -> Tensor:
+        # No parameter requires a gradient, so the graph begins at the first layer's output.
+        y = y if y.requires_grad else y.detach().requires_grad_()
+        y.register_hook(seen.see_gradient)
+        return y
+
+    if gradients:
+        yield layer.register_forward_hook(watch)
+
+
+@contextmanager
+def _reading_everything(layers: Mapping[str, GrinqhLinear]) -> Iterator[None]:
+    before = [(layer, layer.thresholds, layer.budget, layer.count_reads) for layer in layers.values()]
+    for layer in layers.values():
+        layer.thresholds, layer.budget, layer.count_reads = torch.zeros_like(layer.thresholds), None, False
+    try:
+        yield
+    finally:
+        for layer, thresholds, budget, count_reads in before:
+            layer.thresholds, layer.budget, layer.count_reads = thresholds, budget, count_reads
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode, with no parameter's gradient computed."""
+    training = [module for module in model.modules() if module.training]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        for module in training:
+            module.training = True
+
+
+def _sensitivities(seen: Mapping[str, _Statistics]) -> dict[str, float]:
+    measured = {name: s.gradient_square_sum / max(s.gradients, 1) for name, s in seen.items()}
+    mean = sum(measured.values()) / len(measured)
+    if mean == 0:
+        raise InputError("the loss does not depend on any packed layer: calibrate(..., sensitivity=False) goes without")
+    return {name: max(value, LEAST_SENSITIVITY * mean) for name, value in measured.items()}
+
+
+def _sort(layer: GrinqhLinear, mean_square: Tensor) -> None:
+    """Puts the stored channels in order of mean square times column energy, unless some are left out already."""
+    if any(channels < layer.in_features for channels in layer.stored_channels):
+        return
+    tensors = layer.tensors
+    planes = [tensors[packing.plane_name(p)] for p in range(layer.format.planes)]
+    scales = [tensors[name] for name in ("block_scale", "row_scale", "gain", "channel_order")]
+    widths = list(layer.format.plane_widths)
+    weight = torch.ops.grinqh.dequantize(planes, *scales, widths, layer.format.block, len(planes), torch.float32)
+    importance = mean_square * weight.double().square().sum(1).cpu()  # by input feature
+    stored = importance[tensors["channel_order"].long().cpu()]
+    order = stored.argsort(descending=True, stable=True).to(weight.device)
+    layer.set_packed(packing.sort_channels(tensors, order), layer.format)
+
+
+def _drop_channels(
+    config: GrinqhConfig,
+    layers: Mapping[str, GrinqhLinear],
+    units: Mapping[str, Tensor],
+    mean_square: Mapping[str, Tensor],
+) -> bool:
+    """Keeps in each plane only so many channels that the stored bits are what the config asks for.
+
+    A channel whose root mean square importance would be graded below a plane is not stored in it, with one dial
+    setting for the whole model; a layer with an override of its own has its own setting. The first plane stays whole.
+    Returns whether anything was dropped.
+    """
+    groups: dict[str, float] = {}
+    together = {name for name in units if config.layer_stored_bits(name) is None}
+    targets = [({name}, config.layer_stored_bits(name)) for name in units.keys() - together]
+    dropped = False
+    for names, target in [(together, config.stored_bits), *targets]:
+        if not names or target is None:
+            continue
+        rms = {name: _stored_rms(layers[name], mean_square[name]) for name in names}
+        keep = _stored_channels({name: layers[name] for name in names}, units, rms, target)
+        for name, stored in keep.items():
+            layer = layers[name]
+            if stored != layer.stored_channels:
+                layer.set_packed(packing.keep_channels(layer.tensors, stored), layer.format)
+                dropped = True
+    return dropped
+
+
+def _stored_rms(layer: GrinqhLinear, mean_square: Tensor) -> Tensor:
+    order = cast(Tensor, layer.channel_order).long().cpu()
+    return mean_square[order].sqrt() * cast(Tensor, layer.channel_weight).cpu()
+
+
+def _stored_channels(
+    layers: Mapping[str, GrinqhLinear], units: Mapping[str, Tensor], rms: Mapping[str, Tensor], target: float
+) -> dict[str, list[int]]:
+    """Channels to store in each plane of each layer, for mean stored bits of at most (and nearly) the target."""
+    weights = sum(layer.weights for layer in layers.values())
+
+    def choose(tau: float) -> dict[str, list[int]]:
+        chosen = {}
+        for name, layer in layers.items():
+            important = [int((rms[name] >= tau * unit).sum()) for unit in units[name].double().tolist()]
+            important[0] = layer.in_features
+            chosen[name] = [min(pair) for pair in zip(important, layer.stored_channels, strict=True)]
+        return chosen
+
+    def bits(chosen: Mapping[str, list[int]]) -> float:
+        total = 0
+        for name, layer in layers.items():
+            kept = zip(layer.format.plane_widths, chosen[name], strict=True)
+            total += layer.out_features * sum(width * channels for width, channels in kept)
+        return total / weights
+
+    everything = {name: layer.stored_channels for name, layer in layers.items()}
+    if bits(everything) <= target:
+        return everything
+    low, high = -128.0, 128.0  # log2 of tau; too many bits at low
+    for _ in range(48):
+        middle = (low + high) / 2
+        low, high = (low, middle) if bits(choose(2.0**middle)) <= target else (middle, high)
+    return choose(2.0**high)
+
+
+def _record_dial(
+    config: GrinqhConfig,
+    layers: Mapping[str, GrinqhLinear],
+    units: Mapping[str, Tensor],
+    observed: Mapping[str, _Statistics],
+) -> None:
+    """Writes unit thresholds and dials.
+
+    Unit thresholds are scaled by one number, so that the middle of the dial's grid reads about half the stored bits.
+    """
+
+    def shares(name: str, units: Tensor, taus: Tensor) -> Tensor:
+        layer, histograms = layers[name], observed[name].histograms
+        stored = [channels / layer.in_features for channels in layer.stored_channels]
+        by_plane = [histograms[channels] for channels in layer.stored_channels]
+        return grading.read_shares(by_plane, stored, units, taus.float())
+
+    wide = 2.0 ** torch.arange(-100.0, 100.0, 0.5, dtype=torch.float64)
+    read = torch.zeros_like(wide)
+    for name, unit in units.items():
+        layer = layers[name]
+        widths = torch.tensor(layer.format.plane_widths, dtype=torch.float64)
+        read += layer.out_features * layer.in_features * (widths @ shares(name, unit, wide).double())
+    half = sum(layers[name].stored_bits * layers[name].weights for name in units) / 2
+    taus = dial_taus(config)
+    scale = float(wide[int((read - half).abs().argmin())] / taus[len(taus) // 2])
+
+    for name, layer in layers.items():
+        if name in units:
+            unit = units[name] * scale
+            dial = shares(name, unit, taus)
+        else:  # saw no token: thresholds of 0 read everything at any setting
+            unit = torch.zeros(layer.format.planes)
+            stored = torch.tensor([channels / layer.in_features for channels in layer.stored_channels])
+            dial = stored[:, None].expand(-1, len(taus)).contiguous()
+        cast(Tensor, layer.unit_thresholds).copy_(unit)
+        cast(Tensor, layer.dial).copy_(dial)

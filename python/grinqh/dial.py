@@ -1,0 +1,135 @@
+"""The dial: how many bits a model reads for each token, set at run time.
+
+Calibration records, for every layer, what it reads at each of a grid of settings tau. A target of mean read bits is
+turned into a tau by interpolation, and every layer's thresholds become `tau * unit_thresholds`, written in place.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from grinqh.config import GrinqhConfig, ReadBits, check_patterns, check_read_bits, matches
+from grinqh.errors import InputError
+from grinqh.linear import GrinqhLinear
+from grinqh.model import model_config, packed_layers
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DialTable:
+    """Mean read bits at each recorded setting of the dial."""
+
+    tau: Tensor  # float64 [T], rising
+    read_bits: Tensor  # float64 [T], of all layers together, never rising
+    layers: dict[str, Tensor]  # float64 [T], of each layer
+
+
+def dial_taus(config: GrinqhConfig) -> Tensor:
+    """The settings at which the dial is recorded, float64 [T]."""
+    first, step, points = config.dial_grid
+    return 2.0 ** (first + step * torch.arange(int(points), dtype=torch.float64))
+
+
+def dial_table(model: nn.Module) -> DialTable:
+    """What calibration recorded.
+
+    Raises:
+        InputError: the model was not converted or not calibrated.
+    """
+    layers = packed_layers(model)
+    _check_calibrated(layers)
+    bits = {name: _layer_bits(layer) for name, layer in layers.items()}
+    return DialTable(dial_taus(model_config(model)), _mean_bits(layers, bits), bits)
+
+
+def set_bits(model: nn.Module, read_bits: ReadBits, *, exact_budget: bool = False) -> None:
+    """Sets how many bits per weight a token reads, in place and without recompilation.
+
+    Args:
+        model: a calibrated model.
+        read_bits: mean over the weights of the packed layers and over tokens like those of calibration; in (0, 8].
+            Layers share it out by their sensitivity. At the stored bits or above, everything is read. A dict sets
+            layers by name pattern (see `grinqh.config.matches`): each entry is applied in its order to all the layers
+            that it matches, and what was set before holds for the others.
+        exact_budget: whether every token keeps to the budget in every layer. Otherwise it is met on average, and
+            hard tokens read more than easy ones, which is better at equal bits.
+
+    Raises:
+        InputError: a value out of range, a pattern that matches nothing, or a model that is not calibrated; the
+            dial is then unchanged.
+    """
+    config, layers = model_config(model), packed_layers(model)
+    check_read_bits(read_bits)
+    if isinstance(read_bits, Mapping):
+        check_patterns("read_bits", read_bits, layers)
+        before = config.read_bits if isinstance(config.read_bits, Mapping) else {"*": config.read_bits}
+        read_bits = {pattern: bits for pattern, bits in before.items() if pattern not in read_bits} | dict(read_bits)
+    _check_calibrated(layers)
+    _turn(layers, dial_taus(config), read_bits, exact_budget)
+    config.read_bits, config.exact_budget = read_bits, exact_budget
+
+
+def restore_dial(model: nn.Module) -> None:
+    """Sets the dial as the model's config records it; without calibration everything is read, with a warning."""
+    config, layers = model_config(model), packed_layers(model)
+    for layer in layers.values():
+        layer.reset_buffers()
+        layer.max_graded_rows = config.max_graded_rows
+    if all(layer.calibrated for layer in layers.values()):
+        _turn(layers, dial_taus(config), config.read_bits, config.exact_budget)
+    else:
+        logger.warning("the model is not calibrated: every token reads all stored bits (see grinqh.calibrate)")
+
+
+def _turn(layers: Mapping[str, GrinqhLinear], taus: Tensor, read_bits: ReadBits, exact_budget: bool) -> None:
+    by_pattern = read_bits if isinstance(read_bits, Mapping) else {"*": read_bits}
+    bits = {name: _layer_bits(layer) for name, layer in layers.items()}
+    settings: dict[str, float] = {}
+    for pattern, target in by_pattern.items():
+        group = {name: layer for name, layer in layers.items() if matches(pattern, name)}
+        if group:
+            stored = _mean(group.values(), [layer.stored_bits for layer in group.values()])
+            settings |= dict.fromkeys(group, _tau(target, taus, _mean_bits(group, bits), stored))
+    for name, tau in settings.items():
+        layer = layers[name]
+        units = cast(Tensor, layer.unit_thresholds)
+        layer.set_thresholds(units * tau if tau > 0 else torch.zeros_like(units))
+        budget = np.interp(np.log2(tau), np.log2(taus), bits[name]) if tau > 0 else layer.stored_bits
+        layer.set_budget(float(budget) if exact_budget else None)
+
+
+def _tau(target: float, taus: Tensor, read_bits: Tensor, stored_bits: float) -> float:
+    """The setting at which so many bits are read; 0, which reads everything, from the first entry's bits on."""
+    if target >= min(stored_bits, float(read_bits[0])):
+        return 0.0
+    if target < read_bits[-1]:
+        raise InputError(f"read_bits is {target}, must be at least {float(read_bits[-1]):.3g}, the least recorded")
+    return float(2.0 ** np.interp(target, read_bits.flip(0), taus.log2().flip(0)))
+
+
+def _layer_bits(layer: GrinqhLinear) -> Tensor:
+    widths = torch.tensor(layer.format.plane_widths, dtype=torch.float64)
+    return widths @ cast(Tensor, layer.dial).to("cpu", torch.float64)
+
+
+def _mean_bits(layers: Mapping[str, GrinqhLinear], bits: Mapping[str, Tensor]) -> Tensor:
+    return cast(Tensor, _mean(layers.values(), [bits[name] for name in layers]))
+
+
+def _mean(layers: Iterable[GrinqhLinear], values: Iterable[Tensor] | Iterable[float]) -> Tensor | float:
+    weights = [layer.weights for layer in layers]
+    return sum(w * value for w, value in zip(weights, values, strict=True)) / sum(weights)
+
+
+def _check_calibrated(layers: Mapping[str, GrinqhLinear]) -> None:
+    for name, layer in layers.items():
+        if not layer.calibrated:
+            raise InputError(f"{name} has no dial yet: call grinqh.calibrate(model, texts, tokenizer) first")
