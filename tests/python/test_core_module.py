@@ -196,6 +196,16 @@ def test_gemv_agrees_with_float64(isa: str, dtype: str, n: int, k: int, m: int) 
     np.testing.assert_allclose(read_bits, bits.mean(axis=1), rtol=1e-6)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_activations_that_are_not_finite_are_not_skipped(value: float) -> None:
+    layer = make_layer()
+    x = make_x(2, 33)
+    x[0, 5] = value
+    y = _core.gemv(x, **layer.packed(), **layer.grading())
+    assert not np.isfinite(y[0]).any()
+    assert np.isfinite(y[1]).all()
+
+
 def test_gemv_without_extras_is_gemv_read_bits_without_the_bits() -> None:
     layer = make_layer()
     x = make_x(2, 33)
