@@ -190,7 +190,8 @@ def test_gemv_agrees_with_float64(isa: str, dtype: str, n: int, k: int, m: int) 
     y, read_bits = _core.gemv_read_bits(x, **layer.packed(), **layer.grading(), bias=bias, isa=isa)
     assert y.dtype == np.dtype(dtype)
     expected = reference_gemv(layer, x) + bias
-    tolerance = 1e-5 if dtype == "float32" else 2e-3
+    # Vector kernels hold activations in 16-bit fixed point.
+    tolerance = 2e-3 if dtype == "float16" else 1e-5 if isa == "scalar" else 2e-4
     np.testing.assert_allclose(y, expected, rtol=tolerance, atol=tolerance * np.sqrt(k))
     bits = np.concatenate([[0], np.cumsum(layer.widths)])[reference_grades(layer, x)]
     np.testing.assert_allclose(read_bits, bits.mean(axis=1), rtol=1e-6)
