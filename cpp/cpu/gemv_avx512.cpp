@@ -1,4 +1,153 @@
-#include "kernels.h"
+// AVX-512 with VNNI (integer dot products) and VBMI (byte permutations across a vector).
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 warns of its own _mm512_undefined_epi32 (bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+#include <immintrin.h>
+
+#include "gemv_vector.h"
+
 namespace grinqh::cpu {
-Kernels avx512_kernels() { return scalar_kernels(); }
+namespace {
+
+struct Avx512 {
+  using Int = __m512i;
+  static constexpr int kLanes = 16;
+
+  static Int zero() { return _mm512_setzero_si512(); }
+  static Int broadcast(std::int32_t value) { return _mm512_set1_epi32(value); }
+  static Int add(Int a, Int b) { return _mm512_add_epi32(a, b); }
+  static Int bit_or(Int a, Int b) { return _mm512_or_si512(a, b); }
+  template <int Bits>
+  static Int shift_left(Int a) {
+    return _mm512_slli_epi32(a, Bits);
+  }
+  template <int Bits>
+  static Int shift_right(Int a) {
+    return _mm512_srai_epi32(a, Bits);
+  }
+  // The low byte of each lane, moved to a place in the lane.
+  template <int Place>
+  static Int place_byte(Int a) {
+    return _mm512_slli_epi32(_mm512_and_si512(a, _mm512_set1_epi32(0xff)), 8 * Place);
+  }
+  static void store(std::int32_t* out, Int a) { _mm512_storeu_si512(out, a); }
+
+  static __mmask16 first(int count) { return static_cast<__mmask16>((1u << count) - 1u); }
+
+  // The largest of many float16 scales. They are not negative, so their bit patterns are ordered as they are.
+  struct ScaleMax {
+    __m256i lanes = _mm256_setzero_si256();
+    void add(const std::uint16_t* scales, int count) {
+      lanes = _mm256_max_epu16(lanes, _mm256_maskz_loadu_epi16(first(count), scales));
+    }
+    float value() const {
+      const __m128i half = _mm_max_epu16(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
+      const __m128i smallest = _mm_minpos_epu16(_mm_xor_si128(half, _mm_set1_epi16(-1)));  // of the complements
+      return to_float(static_cast<std::uint16_t>(~_mm_extract_epi16(smallest, 0)));
+    }
+  };
+  static float to_float(std::uint16_t half) { return _cvtsh_ss(half); }
+  static Int scaled_to_int(const std::uint16_t* scales, int count, float factor) {
+    const __m512 values = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(count), scales));
+    return _mm512_cvtps_epi32(_mm512_mul_ps(values, _mm512_set1_ps(factor)));
+  }
+
+  static Int lane_blocks(int outputs_per_lane, int block) {
+    const Int lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const Int output = _mm512_mullo_epi32(lane, _mm512_set1_epi32(outputs_per_lane));
+    return _mm512_srl_epi32(output, _mm_cvtsi32_si128(__builtin_ctz(static_cast<unsigned>(block))));
+  }
+  static Int spread(const std::int32_t* values, Int lane_block) {
+    return _mm512_permutexvar_epi32(lane_block, _mm512_loadu_si512(values));
+  }
+
+  static Int interleave_order() {  // byte 4 l + i comes from byte l of part i
+    const Int lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const Int bytes = _mm512_mullo_epi32(lane, _mm512_set1_epi32(0x01010101));
+    return _mm512_add_epi8(bytes, _mm512_set1_epi32(0x30201000));
+  }
+  static Int interleave_parts(__m128i a, __m128i b, __m128i c, __m128i d) {
+    Int parts = _mm512_castsi128_si512(a);
+    parts = _mm512_inserti32x4(parts, b, 1);
+    parts = _mm512_inserti32x4(parts, c, 2);
+    parts = _mm512_inserti32x4(parts, d, 3);
+    return _mm512_permutexvar_epi8(interleave_order(), parts);
+  }
+  static __m128i load(const std::uint8_t* bytes) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)); }
+  static Int interleave(const std::uint8_t* a, const std::uint8_t* b, const std::uint8_t* c, const std::uint8_t* d) {
+    return interleave_parts(load(a), load(b), load(c), load(d));
+  }
+  static Int interleave_tail(const std::uint8_t* a, const std::uint8_t* b, const std::uint8_t* c,
+                             const std::uint8_t* d, int bytes) {
+    const __mmask16 mask = first(bytes);
+    return interleave_parts(_mm_maskz_loadu_epi8(mask, a), _mm_maskz_loadu_epi8(mask, b),
+                            _mm_maskz_loadu_epi8(mask, c), _mm_maskz_loadu_epi8(mask, d));
+  }
+
+  // A field stays where it lies in the byte.
+  template <int Width, int Field>
+  static constexpr int field_exponent() {
+    return Width * Field;
+  }
+  template <int Width, int Field>
+  static Int field(Int bytes) {
+    if constexpr (Width == 8) return bytes;
+    constexpr int kMask = ((1 << Width) - 1) << (Width * Field);
+    return _mm512_and_si512(bytes, _mm512_set1_epi8(static_cast<char>(kMask)));
+  }
+  template <int Width, int Field>
+  static Int dot(Int sum, Int field, Int coefficients) {
+    return _mm512_dpbusd_epi32(sum, field, coefficients);
+  }
+  static void add_scaled(float* sums, Int values, float factor) {
+    const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(values), _mm512_set1_ps(factor));
+    _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), product));
+  }
+
+  // The top bits of 16 codes from `width` bits each, as 32-bit lanes.
+  static Int sixteen_codes(const std::uint8_t* row, std::int64_t bit, int width, std::int64_t row_bytes) {
+    const std::int64_t byte = bit / 8;
+    const std::int64_t left = row_bytes - byte;
+    const int wanted = 2 * width;  // bytes of 16 codes
+    const __mmask16 mask = first(left < wanted ? static_cast<int>(left) : wanted);
+    const __m128i bytes = _mm_maskz_loadu_epi8(mask, row + byte);
+    const Int lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const Int bits = _mm512_mullo_epi32(lane, _mm512_set1_epi32(width));
+    const Int from = _mm512_permutexvar_epi8(_mm512_srli_epi32(bits, 3), _mm512_castsi128_si512(bytes));
+    const Int shifted = _mm512_srlv_epi32(from, _mm512_and_si512(bits, _mm512_set1_epi32(7)));
+    return _mm512_and_si512(shifted, _mm512_set1_epi32((1 << width) - 1));
+  }
+
+  static void decode_channel(const PackedWeight& weight, std::int64_t c, int planes, Range outputs, float* values) {
+    const std::uint16_t* scales = weight.block_scale + c * block_count(weight.n, weight.block);
+    const int bits = weight.widths.bits(planes);
+    const float step = power_of_two(1 - bits);
+    const float middle = power_of_two(-bits) - 1.0f;
+    // Outputs begin at a multiple of 16, a block holds a multiple of 16: 16 outputs share a block and start at a byte.
+    for (std::int64_t n = outputs.begin; n < outputs.end; n += 16) {
+      Int top = zero();
+      for (int p = 0; p < planes; ++p) {
+        const int width = weight.widths.width[p];
+        const std::int64_t row_bytes = plane_row_bytes(weight.n, width);
+        const Int part = sixteen_codes(weight.plane[p] + c * row_bytes, n * width, width, row_bytes);
+        top = _mm512_or_si512(_mm512_sll_epi32(top, _mm_cvtsi32_si128(width)), part);
+      }
+      // Exact: a level has at most 8 bits, so no product or sum rounds.
+      const __m512 level =
+          _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(top), _mm512_set1_ps(step)), _mm512_set1_ps(middle));
+      const __m512 scaled = _mm512_mul_ps(level, _mm512_set1_ps(to_float(scales[n / weight.block])));
+      const std::int64_t left = outputs.end - n;
+      _mm512_mask_storeu_ps(values + (n - outputs.begin), first(left < 16 ? static_cast<int>(left) : 16), scaled);
+    }
+  }
+};
+
+}  // namespace
+
+Kernels avx512_kernels() {
+  return {VectorKernel<Avx512>::sum_channels, VectorKernel<Avx512>::decode_channel};
 }
+
+}  // namespace grinqh::cpu

@@ -14,8 +14,9 @@ struct GradedRow {
   std::int64_t begin[kMaxPlanes + 2] = {};  // grade g is [begin[g], begin[g + 1]), g = 1..planes
 };
 
-// Outputs a kernel is called for: [begin, end), begin a multiple of kTile and end too, or n.
+// Outputs a kernel is called for: [begin, end), at most kMaxOutputs, begin a multiple of kTile.
 inline constexpr std::int64_t kTile = 128;
+inline constexpr std::int64_t kMaxOutputs = 4096;
 
 struct Range {
   std::int64_t begin, end;
