@@ -112,6 +112,12 @@ def test_import_of_the_package_does_not_import_the_module() -> None:
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=False).returncode == 0
 
 
+def test_the_module_works_where_torch_is_not_installed() -> None:
+    program = "import sys; sys.modules['torch'] = None; from grinqh import _core; _core.sort_channels([])"
+    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
+    assert "TypeError: sort_channels()" in done.stderr
+
+
 def test_channels_are_sorted_by_falling_mean_square_times_energy_with_ties_by_index() -> None:
     weight = make_weight(9, 40)
     weight[:, 17] = weight[:, 3]
