@@ -70,7 +70,7 @@ def test_ops_library_uses_torch_through_its_stable_interface_only() -> None:
 @pytest.mark.parametrize("name", ["grinqh._ops", "grinqh._core"])
 def test_libraries_export_nothing_of_ours(name: str) -> None:
     exported = output_of("nm", "-D", "-C", "--defined-only", library(name))
-    assert not re.findall(r"\b(?:grinqh|cuda\w*|nanobind)\b.*", exported)
+    assert not re.findall(r"\b(?:grinqh|cuda)\w*", exported)
 
 
 @pytest.mark.parametrize("name", ["grinqh._ops", "grinqh._core"])
