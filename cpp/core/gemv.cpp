@@ -138,8 +138,12 @@ Status gemv(const GemvParams& params, const Executor& executor) {
   const PackedWeight& weight = params.weight;
   Status status = check_packed(weight);
   if (status.ok()) status = check_dtype(params.dtype);
+  if (status.ok()) status = check_features(weight.channel_order, weight.k);
   if (status.ok()) status = check_grading(params.grading, weight.widths);
   if (!status.ok()) return status;
+  if (!isa_available(params.isa)) {
+    return error("isa is %s: this machine does not run it", isa_name(params.isa));
+  }
 
   const cpu::Kernels kernels = cpu::kernels_for(params.isa);
   const Partition partition(weight.n, weight.k);

@@ -105,6 +105,7 @@ Status grade(const GradeParams& params, const Executor& executor) {
   if (status.ok()) status = check_widths(weight.widths);
   if (status.ok()) status = check_channels(weight.widths, weight.channels, weight.k);
   if (status.ok()) status = check_dtype(params.dtype);
+  if (status.ok()) status = check_features(weight.channel_order, weight.k);
   if (status.ok()) status = check_grading(params.grading, weight.widths);
   if (!status.ok()) return status;
 

@@ -39,20 +39,17 @@ bool isa_available(Isa isa) {
   return false;
 }
 
-Isa current_isa() {
-  static const Isa chosen = [] {
-    constexpr Isa kBestFirst[] = {Isa::avx512, Isa::neon, Isa::avx2, Isa::scalar};
-    if (const char* wanted = std::getenv("GRINQH_CPU_ISA"); wanted != nullptr) {
-      for (Isa isa : kBestFirst) {
-        if (std::string_view(wanted) == isa_name(isa) && isa_available(isa)) return isa;
-      }
-    }
-    for (Isa isa : kBestFirst) {
-      if (isa_available(isa)) return isa;
-    }
-    return Isa::scalar;
-  }();
-  return chosen;
+Status current_isa(Isa& isa) {
+  constexpr Isa kBestFirst[] = {Isa::avx512, Isa::neon, Isa::avx2, Isa::scalar};
+  const char* wanted = std::getenv("GRINQH_CPU_ISA");
+  for (Isa candidate : kBestFirst) {
+    if (!isa_available(candidate)) continue;
+    if (wanted != nullptr && std::string_view(wanted) != isa_name(candidate)) continue;
+    isa = candidate;
+    return {};
+  }
+  return error("GRINQH_CPU_ISA is '%.32s': allowed are scalar, avx2, avx512 and neon, as far as this machine runs them",
+               wanted);
 }
 
 cpu::Kernels cpu::kernels_for(Isa isa) {

@@ -1,5 +1,6 @@
 #include "validate.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -58,13 +59,18 @@ Status check_dtype(Dtype dtype) {
   return error("dtype is %d: allowed are float32, float16 and bfloat16", static_cast<int>(dtype));
 }
 
+Status check_features(const std::int32_t* channel_order, std::int64_t k) {
+  std::uint32_t largest = 0;  // a negative feature is a large unsigned number
+  for (std::int64_t c = 0; c < k; ++c) largest = std::max(largest, static_cast<std::uint32_t>(channel_order[c]));
+  if (largest < static_cast<std::uint64_t>(k)) return {};
+  return error("channel_order holds %d: allowed are 0 to %lld", static_cast<std::int32_t>(largest), Long{k - 1});
+}
+
 Status check_permutation(const std::int32_t* channel_order, std::int64_t k) {
+  if (Status status = check_features(channel_order, k); !status.ok()) return status;
   std::vector<bool> seen(static_cast<std::size_t>(k));
   for (std::int64_t c = 0; c < k; ++c) {
     const std::int32_t j = channel_order[c];
-    if (j < 0 || j >= k) {
-      return error("channel_order[%lld] is %d: allowed are 0 to %lld", Long{c}, j, Long{k - 1});
-    }
     if (seen[static_cast<std::size_t>(j)]) {
       return error("channel_order[%lld] is %d, which occurred before: it must be a permutation", Long{c}, j);
     }

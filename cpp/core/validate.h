@@ -9,7 +9,9 @@ Status check_block(std::int64_t block);
 Status check_widths(const PlaneWidths& widths);
 Status check_channels(const PlaneWidths& widths, const std::int64_t* channels, std::int64_t k);
 Status check_dtype(Dtype dtype);
-// Every value lies in [0, k) and none occurs twice.
+// Every value lies in [0, k): what keeps the kernels inside x, cheap enough for every call.
+Status check_features(const std::int32_t* channel_order, std::int64_t k);
+// And none occurs twice.
 Status check_permutation(const std::int32_t* channel_order, std::int64_t k);
 // Thresholds that never fall, none negative or NaN; channel weights are the caller's to check once.
 Status check_grading(const Grading& grading, const PlaneWidths& widths);

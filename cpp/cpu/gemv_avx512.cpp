@@ -106,40 +106,73 @@ struct Avx512 {
     _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), product));
   }
 
-  // The top bits of 16 codes from `width` bits each, as 32-bit lanes.
-  static Int sixteen_codes(const std::uint8_t* row, std::int64_t bit, int width, std::int64_t row_bytes) {
-    const std::int64_t byte = bit / 8;
-    const std::int64_t left = row_bytes - byte;
-    const int wanted = 2 * width;  // bytes of 16 codes
-    const __mmask16 mask = first(left < wanted ? static_cast<int>(left) : wanted);
-    const __m128i bytes = _mm_maskz_loadu_epi8(mask, row + byte);
-    const Int lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const Int bits = _mm512_mullo_epi32(lane, _mm512_set1_epi32(width));
-    const Int from = _mm512_permutexvar_epi8(_mm512_srli_epi32(bits, 3), _mm512_castsi128_si512(bytes));
-    const Int shifted = _mm512_srlv_epi32(from, _mm512_and_si512(bits, _mm512_set1_epi32(7)));
-    return _mm512_and_si512(shifted, _mm512_set1_epi32((1 << width) - 1));
+  // Bytes of 64 codes of a plane, zeros past the end of the row, spread so that qword i holds those of codes
+  // 8 i to 8 i + 7.
+  static Int load_codes(const std::uint8_t* bytes, std::int64_t left, int width) {
+    switch (width) {
+      case 1: return _mm512_cvtepu8_epi64(_mm_maskz_loadu_epi8(first_bytes(left < 8 ? left : 8), bytes));
+      case 2: return _mm512_cvtepu16_epi64(_mm_maskz_loadu_epi8(first_bytes(left < 16 ? left : 16), bytes));
+      case 4:
+        return _mm512_cvtepu32_epi64(
+            _mm256_maskz_loadu_epi8(static_cast<__mmask32>(left < 32 ? (1u << left) - 1u : ~0u), bytes));
+      default:
+        return _mm512_maskz_loadu_epi8(left < 64 ? (std::uint64_t{1} << left) - 1u : ~std::uint64_t{0}, bytes);
+    }
   }
+  static __mmask16 first_bytes(std::int64_t count) { return first(static_cast<int>(count)); }
 
   static void decode_channel(const PackedWeight& weight, std::int64_t c, int planes, Range outputs, float* values) {
     const std::uint16_t* scales = weight.block_scale + c * block_count(weight.n, weight.block);
+    const int block_bits = __builtin_ctzll(static_cast<unsigned long long>(weight.block));
     const int bits = weight.widths.bits(planes);
-    const float step = power_of_two(1 - bits);
-    const float middle = power_of_two(-bits) - 1.0f;
-    // Outputs begin at a multiple of 16, a block holds a multiple of 16: 16 outputs share a block and start at a byte.
-    for (std::int64_t n = outputs.begin; n < outputs.end; n += 16) {
+    const __m512 step = _mm512_set1_ps(power_of_two(1 - bits));
+    const __m512 middle = _mm512_set1_ps(power_of_two(-bits) - 1.0f);
+    for (std::int64_t n = outputs.begin; n < outputs.end; n += 64) {
       Int top = zero();
       for (int p = 0; p < planes; ++p) {
         const int width = weight.widths.width[p];
         const std::int64_t row_bytes = plane_row_bytes(weight.n, width);
-        const Int part = sixteen_codes(weight.plane[p] + c * row_bytes, n * width, width, row_bytes);
-        top = _mm512_or_si512(_mm512_sll_epi32(top, _mm_cvtsi32_si128(width)), part);
+        const std::int64_t byte = n * width / 8;
+        const Int bytes = load_codes(weight.plane[p] + c * row_bytes + byte, row_bytes - byte, width);
+        const Int starts = _mm512_set1_epi64(0x0706050403020100 * width);  // in bits, of the eight codes of a qword
+        const Int part = _mm512_and_si512(width == 8 ? bytes : _mm512_multishift_epi64_epi8(starts, bytes),
+                                          _mm512_set1_epi8(static_cast<char>((1 << width) - 1)));
+        top = _mm512_or_si512(_mm512_sll_epi16(top, _mm_cvtsi32_si128(width)), part);
       }
-      // Exact: a level has at most 8 bits, so no product or sum rounds.
-      const __m512 level =
-          _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(top), _mm512_set1_ps(step)), _mm512_set1_ps(middle));
-      const __m512 scaled = _mm512_mul_ps(level, _mm512_set1_ps(to_float(scales[n / weight.block])));
-      const std::int64_t left = outputs.end - n;
-      _mm512_mask_storeu_ps(values + (n - outputs.begin), first(left < 16 ? static_cast<int>(left) : 16), scaled);
+      alignas(64) std::uint8_t codes[64];
+      _mm512_store_si512(codes, top);
+      for (int i = 0; i < 64 && n + i < outputs.end; i += 16) {
+        const __m128i sixteen = _mm_load_si128(reinterpret_cast<const __m128i*>(codes + i));
+        // Exact: a level has at most 8 bits, so no product or sum rounds.
+        const __m512 level = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(sixteen)), step), middle);
+        const __m512 scaled = _mm512_mul_ps(level, _mm512_set1_ps(to_float(scales[(n + i) >> block_bits])));
+        const std::int64_t left = outputs.end - n - i;
+        _mm512_mask_storeu_ps(values + (n + i - outputs.begin), first_bytes(left < 16 ? left : 16), scaled);
+      }
+    }
+  }
+
+  static void scale_and_store(const float* values, const float* row_scale, float gain, std::int64_t count, Dtype dtype,
+                              void* out) {
+    for (std::int64_t i = 0; i < count; i += 16) {
+      const __mmask16 mask = first_bytes(count - i < 16 ? count - i : 16);
+      const __m512 scaled = _mm512_mul_ps(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, values + i), _mm512_set1_ps(gain)),
+                                          _mm512_maskz_loadu_ps(mask, row_scale + i));
+      switch (dtype) {
+        case Dtype::f32: _mm512_mask_storeu_ps(static_cast<float*>(out) + i, mask, scaled); break;
+        case Dtype::f16:
+          _mm256_mask_storeu_epi16(static_cast<std::uint16_t*>(out) + i, mask,
+                                   _mm512_cvtps_ph(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+          break;
+        case Dtype::bf16: {  // weights are finite: ties to even is an addition
+          const Int pattern = _mm512_castps_si512(scaled);
+          const Int odd = _mm512_and_si512(_mm512_srli_epi32(pattern, 16), _mm512_set1_epi32(1));
+          const Int rounded = _mm512_add_epi32(_mm512_add_epi32(pattern, _mm512_set1_epi32(0x7fff)), odd);
+          _mm256_mask_storeu_epi16(static_cast<std::uint16_t*>(out) + i, mask,
+                                   _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+          break;
+        }
+      }
     }
   }
 };
@@ -147,7 +180,7 @@ struct Avx512 {
 }  // namespace
 
 Kernels avx512_kernels() {
-  return {VectorKernel<Avx512>::sum_channels, VectorKernel<Avx512>::decode_channel};
+  return {VectorKernel<Avx512>::sum_channels, Avx512::decode_channel, Avx512::scale_and_store};
 }
 
 }  // namespace grinqh::cpu

@@ -36,8 +36,13 @@ void sum_channels(const PackedWeight& weight, const GradedRow& row, Range output
   }
 }
 
+void scale_and_store(const float* values, const float* row_scale, float gain, std::int64_t count, Dtype dtype,
+                     void* out) {
+  for (std::int64_t i = 0; i < count; ++i) store_float(out, i, dtype, values[i] * gain * row_scale[i]);
+}
+
 }  // namespace
 
-Kernels scalar_kernels() { return {sum_channels, decode_channel}; }
+Kernels scalar_kernels() { return {sum_channels, decode_channel, scale_and_store}; }
 
 }  // namespace grinqh::cpu

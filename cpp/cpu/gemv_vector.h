@@ -33,11 +33,9 @@ constexpr int kLineBytes = 64;
 
 constexpr int width_class(int width) { return width == 1 ? 0 : width == 2 ? 1 : width == 4 ? 2 : 3; }
 
+// Exponents of normal float32 values only.
 constexpr float power_of_two(int exponent) {
-  float value = 1.0f;
-  for (; exponent > 0; --exponent) value *= 2.0f;
-  for (; exponent < 0; ++exponent) value *= 0.5f;
-  return value;
+  return __builtin_bit_cast(float, static_cast<std::uint32_t>(exponent + 127) << 23);
 }
 
 struct Group {
@@ -119,10 +117,6 @@ class VectorKernel {
       }
     }
     gather_sums(weight, outputs, used, partial, constant, sums);
-  }
-
-  static void decode_channel(const PackedWeight& weight, std::int64_t c, int planes, Range outputs, float* values) {
-    Simd::decode_channel(weight, c, planes, outputs, values);
   }
 
  private:

@@ -30,9 +30,14 @@ using SumChannels = void (*)(const PackedWeight& weight, const GradedRow& row, R
 // row scale). planes is at least 1 and stored for c.
 using DecodeChannel = void (*)(const PackedWeight& weight, std::int64_t c, int planes, Range outputs, float* values);
 
+// out[i] = values[i] * gain * row_scale[i], rounded to dtype.
+using ScaleAndStore = void (*)(const float* values, const float* row_scale, float gain, std::int64_t count, Dtype dtype,
+                               void* out);
+
 struct Kernels {
   SumChannels sum_channels;
   DecodeChannel decode_channel;
+  ScaleAndStore scale_and_store;
 };
 
 Kernels scalar_kernels();

@@ -112,8 +112,14 @@ Grading checked_grading(const PackedWeight& weight, const Input& channel_weight,
   return grading;
 }
 
+Isa isa_in_use() {
+  Isa isa{};
+  if (const Status status = current_isa(isa); !status.ok()) throw nb::value_error(status.message);
+  return isa;
+}
+
 Isa checked_isa(const std::optional<std::string>& name) {
-  if (!name) return current_isa();
+  if (!name) return isa_in_use();
   std::string allowed;
   for (const Isa isa : kIsas) {
     if (!isa_available(isa)) continue;
@@ -342,7 +348,7 @@ for current_isa().)");
 
   m.def("available_isas", &available_isas, "Names of the instruction sets that this machine runs.");
   m.def(
-      "current_isa", [] { return grinqh::isa_name(grinqh::current_isa()); },
+      "current_isa", [] { return grinqh::isa_name(isa_in_use()); },
       "Name of the instruction set in use: the best available, or the one that GRINQH_CPU_ISA names.");
   m.def("num_threads", &num_threads, "Threads that the functions of this module share their work among.");
   m.def("set_num_threads", &py_set_num_threads, "count"_a, "Sets num_threads(); results do not depend on it.");

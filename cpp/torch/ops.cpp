@@ -50,7 +50,7 @@ void run_gemv(const char* op, const Tensor& x, const LayerArguments& layer, cons
   params.bias = layer.bias.has_value() ? layer.bias->const_data_ptr() : nullptr;
   params.y = y.mutable_data_ptr();
   params.read_bits = read_bits != nullptr ? static_cast<float*>(read_bits->mutable_data_ptr()) : nullptr;
-  params.isa = current_isa();
+  throw_if_error(op, current_isa(params.isa));
   throw_if_error(op, gemv(params, kTorchThreads));
 }
 
@@ -117,7 +117,7 @@ Tensor linear_cpu(Tensor x, GRINQH_LAYER_PARAMETERS, int64_t max_graded_rows) {
   const Tensor x_rows = torch::stable::reshape(x, {rows.count, weight.k});
   Tensor y_rows = torch::stable::view(y, {rows.count, weight.n});
   const int64_t item = dtype == Dtype::f32 ? 4 : 2;
-  const int64_t strip = std::max<int64_t>(kStripBytes / (weight.k * item) / 64 * 64, 64);
+  const int64_t strip = std::max<int64_t>(kStripBytes / (weight.k * item) / 128 * 128, 128);
   for (int64_t n = 0; n < weight.n; n += strip) {
     const int64_t end = std::min(weight.n, n + strip);
     Tensor product = torch::stable::matmul(x_rows, dense_outputs(weight, x, dtype, n, end));
@@ -256,7 +256,11 @@ Tensor dequantize_cpu(std::vector<Tensor> planes, Tensor block_scale, Tensor row
   return dense;
 }
 
-std::string cpu_isa() { return isa_name(current_isa()); }
+std::string cpu_isa() {
+  Isa isa{};
+  throw_if_error("cpu_isa", current_isa(isa));
+  return isa_name(isa);
+}
 
 }  // namespace
 }  // namespace grinqh::binding

@@ -16,8 +16,9 @@ struct Executor {
 // The instruction sets the kernels are written for. `scalar` is the specification.
 enum class Isa : std::int32_t { scalar, avx2, avx512, neon };
 const char* isa_name(Isa isa);
-// The best that this machine runs, or the one the environment variable GRINQH_CPU_ISA names.
-Isa current_isa();
+// The best that this machine runs, or the one that the environment variable GRINQH_CPU_ISA names. An error where it
+// names none that this machine runs.
+Status current_isa(Isa& isa);
 bool isa_available(Isa isa);
 
 // Orders channels by falling importance mean_square[j] * energy of column j, ties by index.
@@ -73,7 +74,7 @@ struct GradeParams {
 Status grade(const GradeParams& params, const Executor& executor);
 
 // Dense weights at one grade (a channel with fewer stored planes: at its last), for outputs
-// [n_begin, n_end): out[j][i] = W[n_begin + i][j], j the input feature (not the stored channel).
+// [n_begin, n_end), n_begin a multiple of 128: out[j][i] = W[n_begin + i][j], j the input feature (not the stored channel).
 struct DequantizeParams {
   PackedWeight weight;
   int grade;  // 0..planes
