@@ -1,0 +1,76 @@
+"""grinqh generate: continues a prompt."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from grinqh.cli.common import load_converted, load_tokenizer, positive, print_json
+from grinqh.errors import InputError
+
+
+def add_parser(commands: Any) -> None:
+    """Declares the command."""
+    parser = commands.add_parser("generate", help="continue a prompt", description="Continues a prompt, greedily.")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="folder of a converted model")
+    parser.add_argument("prompt", metavar="PROMPT", help="text to continue")
+    parser.add_argument("--bits", type=float, help="bits read per weight on average (default: as the model was saved)")
+    parser.add_argument(
+        "--stored-bits", type=float, help="leave low planes on the disk: at most this many bits per weight"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=positive, default=64, help="length of the answer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--chat", action="store_true", help="put the prompt as a question, by the model's chat template"
+    )
+    parser.add_argument("--stats", action="store_true", help="show the bits that were read and the time")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prints the continuation, as it comes or as JSON."""
+    if not options.prompt:
+        raise InputError("PROMPT is empty: at least one character is needed")
+    model = load_converted(options.model, options.stored_bits)
+    tokenizer = load_tokenizer(options.model)
+    from transformers import TextStreamer
+
+    import grinqh
+
+    if options.bits is not None:
+        grinqh.set_bits(model, options.bits)
+    if options.chat:
+        if not tokenizer.chat_template:
+            raise InputError(f"{options.model} has no chat template: leave out --chat")
+        messages = [{"role": "user", "content": options.prompt}]
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(options.prompt, return_tensors="pt")
+    streamer = None if options.json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+
+    grinqh.count_reads(model)
+    start = time.perf_counter()
+    output = model.generate(
+        **inputs.to(model.device), max_new_tokens=options.max_new_tokens, do_sample=False, streamer=streamer
+    )
+    seconds = time.perf_counter() - start
+    answer = output[0, inputs["input_ids"].shape[1] :]
+    # A prompt longer than the graded rows is read in full, and is not counted.
+    statistics = {
+        "read_bits": grinqh.read_stats(model).read_bits if len(answer) > 1 else None,
+        "stored_bits": grinqh.stored_bits(model),
+        "new_tokens": len(answer),
+        "seconds": seconds,
+        "tokens_per_s": len(answer) / seconds,
+    }
+    if options.json:
+        text = tokenizer.decode(answer, skip_special_tokens=True)
+        print_json({"prompt": options.prompt, "text": text, "bits": options.bits, **statistics})
+    elif options.stats:
+        print("\n" + "\n".join(f"{name}: {value}" for name, value in statistics.items()))

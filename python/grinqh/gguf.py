@@ -1,0 +1,73 @@
+"""Reading a GGUF file as an ordinary full-precision model, through transformers."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from grinqh.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MAGIC = b"GGUF"
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether the path is to be read as a GGUF file: by its name, or by its first bytes."""
+    if not path.is_file():
+        return False
+    if path.suffix.lower() == ".gguf":
+        return True
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def check_gguf(path: Path) -> None:
+    """Refuses a file that is no GGUF, is cut short, or that the installed packages cannot read."""
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"reading a GGUF file needs the package {package}: pip install 'grinqh[gguf]'")
+    with path.open("rb") as file:
+        magic = file.read(len(MAGIC))
+    if magic != MAGIC:
+        raise InputError(f"cannot read GGUF file {path}: it begins with {magic!r}, not with {MAGIC!r}")
+    from gguf import GGUFReader
+
+    try:
+        tensors = GGUFReader(path).tensors
+    except Exception as error:  # a parser of foreign bytes: whatever it raises, the file is at fault
+        raise InputError(f"cannot read GGUF file {path}: damaged or cut short ({error})") from error
+    if not tensors:
+        raise InputError(f"cannot read GGUF file {path}: it holds no tensors")
+
+
+def load_gguf_model(path: Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """The model of a GGUF file, its weights dequantized."""
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    check_gguf(path)
+    model: PreTrainedModel
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=dtype
+        )
+    except Exception as error:  # unknown architectures, missing metadata: transformers has many ways to say so
+        raise InputError(f"cannot read GGUF file {path}: {error}") from error
+    return model
+
+
+def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a GGUF file."""
+    from transformers import AutoTokenizer
+
+    check_gguf(path)
+    tokenizer: PreTrainedTokenizerBase
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:
+        raise InputError(f"cannot read the tokenizer of GGUF file {path}: {error}") from error
+    return tokenizer

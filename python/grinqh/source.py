@@ -1,0 +1,153 @@
+"""Full-precision models on the disk: a Hugging Face folder or a GGUF file, loaded alike."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from grinqh.checkpoint import read_specs
+from grinqh.config import GrinqhConfig
+from grinqh.errors import InputError
+from grinqh.gguf import check_gguf, is_gguf, load_gguf_model, load_gguf_tokenizer
+from grinqh.model import quantize_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# What a model needs besides config and weights; copied as they are.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "LICENSE*",
+)
+
+
+class Source:
+    """A causal language model to convert or to compare with. Making one checks its files, without reading the weights.
+
+    Raises:
+        InputError: no such path, no model, a model that is quantized already, or a file that is damaged or cut short.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.exists():
+            raise InputError(f"{path} does not exist: give a Hugging Face folder or a GGUF file")
+        self.gguf = is_gguf(self.path)
+        if self.gguf:
+            check_gguf(self.path)
+        elif self.path.is_dir():
+            _check_config(self.path / "config.json")
+            for file in weight_files(self.path):
+                read_specs(file)
+        else:
+            raise InputError(f"{path} is neither a Hugging Face folder nor a GGUF file")
+
+    @property
+    def name(self) -> str:
+        """The last part of the path, without the suffix of a file."""
+        path = self.path.resolve()
+        return path.stem if self.gguf else path.name
+
+    def load_model(self, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+        """The model at full precision; "auto" is the type that it is stored in."""
+        if self.gguf:
+            return load_gguf_model(self.path, dtype)
+        return self._from_pretrained(dtype=dtype)
+
+    def load_quantized(self, config: GrinqhConfig, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+        """The model with its linear layers packed, not yet calibrated.
+
+        From a folder, weights are packed as they are read, one at a time; transformers dequantizes a GGUF file whole.
+        """
+        if self.gguf:
+            return quantize_model(load_gguf_model(self.path, dtype), config)
+        return self._from_pretrained(dtype=dtype, quantization_config=config)
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        if self.gguf:
+            return load_gguf_tokenizer(self.path)
+        from transformers import AutoTokenizer
+
+        tokenizer: PreTrainedTokenizerBase
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.path)
+        except Exception as error:
+            raise InputError(f"cannot load the tokenizer in {self.path}: {error}") from error
+        return tokenizer
+
+    def copy_companions(self, folder: Path) -> None:
+        """Puts tokenizer and generation config into a folder: a Hugging Face folder's files as they are."""
+        if self.gguf:
+            self.load_tokenizer().save_pretrained(folder)
+            return
+        for pattern in COMPANIONS:
+            for file in sorted(self.path.glob(pattern)):
+                if file.is_file():
+                    shutil.copyfile(file, folder / file.name)
+
+    def fingerprint(self) -> str:
+        """Tells this model from others, by its weight files' places, sizes and times."""
+        files = [self.path] if self.gguf else weight_files(self.path)
+        facts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+    def _from_pretrained(self, **options: Any) -> PreTrainedModel:
+        from transformers import AutoModelForCausalLM
+
+        model: PreTrainedModel
+        try:
+            model = AutoModelForCausalLM.from_pretrained(self.path, **options)
+        except InputError:
+            raise
+        except Exception as error:  # unknown architectures, missing tensors: transformers has many ways to say so
+            raise InputError(f"cannot load {self.path}: {error}") from error
+        return model
+
+
+def _check_config(path: Path) -> None:
+    config = read_json(path)
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method:
+        raise InputError(f"{path.parent} is quantized already ({method}): give the full-precision model")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object in a JSON file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path.parent} is no model folder: it holds no {path.name}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds a {type(value).__name__}, must hold an object")
+    return value
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, one or several."""
+    if (folder / INDEX).is_file():
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise InputError(f"{folder / INDEX} has no weight_map")
+        files = [folder / name for name in sorted(set(weight_map.values()))]
+    else:
+        files = [folder / WEIGHTS]
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{folder} holds no {file.name}: weights must be in safetensors files")
+    return files
