@@ -52,26 +52,44 @@ struct PreparedRow {
   float read_bits = 0.0f;
 };
 
-// Puts the channels of [first, last) in the order of their grades.
+// A coefficient this many times the mean magnitude of its grade is listed apart.
+constexpr float kUnusual = 8.0f;
+
+// Lists the channels of [first, last) by grade.
 void group_slice(const PackedWeight& weight, std::span<const float> values, std::span<const std::uint8_t> grades,
                  std::int64_t first, std::int64_t last, PreparedRow& row, cpu::GradedRow& slice) {
-  std::int64_t count[kMaxPlanes + 1] = {};
-  for (std::int64_t c = first; c < last; ++c) ++count[grades[static_cast<std::size_t>(c)]];
-  std::int64_t next[kMaxPlanes + 1];
-  next[0] = first;  // channels that are skipped go to the end, where nobody reads them
-  std::int64_t end = first;
-  for (int g = 1; g <= weight.widths.count; ++g) {
-    slice.begin[g] = next[g] = end;
-    end += count[g];
-  }
-  slice.begin[weight.widths.count + 1] = next[0] = end;
-  float gain[kMaxPlanes + 1] = {};
-  std::copy(weight.gain, weight.gain + weight.widths.count, gain + 1);
+  std::int64_t graded[kMaxPlanes + 1] = {};
+  float magnitude[kMaxPlanes + 1] = {};
   for (std::int64_t c = first; c < last; ++c) {
-    const int g = grades[static_cast<std::size_t>(c)];
-    const auto at = static_cast<std::size_t>(next[g]++);
-    row.channel[at] = static_cast<std::int32_t>(c);
-    row.coefficient[at] = values[static_cast<std::size_t>(c)] * gain[g];
+    const auto at = static_cast<std::size_t>(c);
+    ++graded[grades[at]];
+    magnitude[grades[at]] += std::fabs(values[at]);
+  }
+  float limit[kMaxPlanes + 1] = {};
+  for (int g = 0; g <= weight.widths.count; ++g) {
+    limit[g] = kUnusual * magnitude[g] / static_cast<float>(std::max<std::int64_t>(graded[g], 1));
+  }
+  const auto list_of = [&](std::size_t c) { return 2 * grades[c] + (std::fabs(values[c]) > limit[grades[c]] ? 1 : 0); };
+
+  constexpr int kLists = 2 * (kMaxPlanes + 1);  // lists 0 and 1, the skipped channels, go to the end
+  std::int64_t next[kLists] = {};
+  for (std::int64_t c = first; c < last; ++c) ++next[list_of(static_cast<std::size_t>(c))];
+  slice.segments = 0;
+  std::int64_t end = first;
+  for (int list = 2; list < kLists; ++list) {
+    const std::int64_t begin = end;
+    end += next[list];
+    next[list] = begin;
+    if (end > begin) slice.segment[slice.segments++] = {begin, end, list / 2};
+  }
+  next[1] = end + next[0];
+  next[0] = end;
+  for (std::int64_t c = first; c < last; ++c) {
+    const auto from = static_cast<std::size_t>(c);
+    const int g = grades[from];
+    const auto to = static_cast<std::size_t>(next[list_of(from)]++);
+    row.channel[to] = static_cast<std::int32_t>(c);
+    row.coefficient[to] = g == 0 ? 0.0f : values[from] * weight.gain[g - 1];
   }
   slice.channel = row.channel.data();
   slice.coefficient = row.coefficient.data();

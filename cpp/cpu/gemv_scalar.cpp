@@ -27,9 +27,10 @@ void sum_channels(const PackedWeight& weight, const GradedRow& row, Range output
   const std::int64_t count = outputs.end - outputs.begin;
   std::fill(sums, sums + count, 0.0f);
   std::vector<float> values(static_cast<std::size_t>(count));
-  for (int grade = 1; grade <= weight.widths.count; ++grade) {
-    for (std::int64_t i = row.begin[grade]; i < row.begin[grade + 1]; ++i) {
-      decode_channel(weight, row.channel[i], grade, outputs, values.data());
+  for (int s = 0; s < row.segments; ++s) {
+    const Segment& segment = row.segment[s];
+    for (std::int64_t i = segment.begin; i < segment.end; ++i) {
+      decode_channel(weight, row.channel[i], segment.planes, outputs, values.data());
       const float coefficient = row.coefficient[i];
       for (std::int64_t n = 0; n < count; ++n) sums[n] += coefficient * values[static_cast<std::size_t>(n)];
     }

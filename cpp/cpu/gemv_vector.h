@@ -12,7 +12,7 @@
 //           dot with their four coefficients (int8), 32-bit sums
 //
 //         The coefficients x * gain * block_scale become 16-bit fixed point with one scale for a group of
-//         channels (all of one grade, so |x| is alike), kept as two int8 halves: two dot products. Sums are
+//         channels (all of one segment, so that they are alike), kept as two int8 halves: two dot products. Sums are
 //         exact integers inside a group and float32 across groups. The constant part of a level is one
 //         scalar for each block: (2^-bits - 1) * sum of coefficients, from the same integers.
 #pragma once
@@ -85,16 +85,18 @@ class VectorKernel {
       for (int i = 0; used[c] && i < kMaxOutputs; ++i) partial[c][i] = 0.0f;
     }
     Group group;
-    for (int grade = 1; grade <= weight.widths.count; ++grade) {
-      const float middle = power_of_two(-weight.widths.bits(grade)) - 1.0f;
-      for (std::int64_t i = row.begin[grade]; i < row.begin[grade + 1]; i += kGroup) {
-        const std::int64_t left = row.begin[grade + 1] - i;
+    const std::int64_t listed = row.segments > 0 ? row.segment[row.segments - 1].end : 0;
+    for (int s = 0; s < row.segments; ++s) {
+      const Segment& segment = row.segment[s];
+      const float middle = power_of_two(-weight.widths.bits(segment.planes)) - 1.0f;
+      for (std::int64_t i = segment.begin; i < segment.end; i += kGroup) {
+        const std::int64_t left = segment.end - i;
         const int count = left < kGroup ? static_cast<int>(left) : kGroup;
-        const std::int64_t next_left = row.begin[weight.widths.count + 1] - (i + count);
+        const std::int64_t next_left = listed - (i + count);
         const std::int32_t* next = row.channel + i + count;
         const std::int32_t* next_end = next + (next_left < kGroup ? next_left : kGroup);
         Prefetcher prefetcher[kMaxPlanes];
-        for (int p = 0; p < grade; ++p) {
+        for (int p = 0; p < segment.planes; ++p) {
           const int width = weight.widths.width[p];
           const std::uint8_t* base = weight.plane[p] + outputs.begin * width / 8;
           prefetcher[p] = {base, plane_row_bytes(weight.n, width), plane_row_bytes(outputs.end - outputs.begin, width),
@@ -109,7 +111,7 @@ class VectorKernel {
           for (int b = 0; b < blocks; ++b) {
             constant[at / weight.block + b] += group.unit * middle * static_cast<float>(group.sum[b]);
           }
-          for (int p = 0; p < grade; ++p) {
+          for (int p = 0; p < segment.planes; ++p) {
             const int width = weight.widths.width[p];
             add_plane(weight, p, group, prefetcher[p], strip, partial[width_class(width)] + at);
           }

@@ -6,12 +6,21 @@
 
 namespace grinqh::cpu {
 
-// One graded row of x: the channels to read, by grade. Channels with a NaN or infinite x are not among
-// them: gemv adds those in float, so that they give what a matrix product gives.
+// Channels that are read alike, [begin, end) of a GradedRow's lists.
+struct Segment {
+  std::int64_t begin, end;
+  int planes;
+};
+
+// One graded row of x, or a slice of it: the channels to read. Channels with a NaN or infinite x are not among
+// them: gemv adds those in float, so that they give what a matrix product gives. Two segments for each grade keep
+// unusually large coefficients apart, so that a kernel which rounds a group of channels to one fixed-point scale
+// rounds the others finely.
 struct GradedRow {
-  const std::int32_t* channel;  // stored channels, those of grade 1 first, each grade in stored order
+  const std::int32_t* channel;  // stored channels, in stored order within a segment
   const float* coefficient;     // x * gain of the grade
-  std::int64_t begin[kMaxPlanes + 2] = {};  // grade g is [begin[g], begin[g + 1]), g = 1..planes
+  Segment segment[2 * kMaxPlanes];
+  int segments;
 };
 
 // Outputs a kernel is called for: [begin, end), at most kMaxOutputs, begin a multiple of kTile.
