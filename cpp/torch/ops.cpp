@@ -112,7 +112,8 @@ Tensor linear_cpu(Tensor x, GRINQH_LAYER_PARAMETERS, int64_t max_graded_rows) {
     return y;
   }
   const Dtype dtype = to_dtype("linear", "x", x.scalar_type());
-  to_grading("linear", layer.channel_weight, layer.thresholds, layer.budget, weight, x);
+  const Grading grading = to_grading("linear", layer.channel_weight, layer.thresholds, layer.budget, weight, x);
+  throw_if_error("linear", check_grading(grading, weight.widths));
   check_bias("linear", layer.bias, x, weight.n);
   const Tensor x_rows = torch::stable::reshape(x, {rows.count, weight.k});
   Tensor y_rows = torch::stable::view(y, {rows.count, weight.n});

@@ -110,11 +110,24 @@ def _dequantize_fake(
 # the grade that the forward read. One dense matmul for each grade that occurs.
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, planes, block_scale, row_scale, gain, order, channel_weight, thresholds, widths, block, bias, budget, *rest = inputs
+# The dispatcher leaves out trailing arguments that have their default values.
+DEFAULT_GRADED_ROWS = 16
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], max_graded_rows: int | None) -> None:
+    x, planes, block_scale, row_scale, gain, order, channel_weight, thresholds, widths, block, *optional = inputs
+    bias, budget = [*optional, None, None][:2]
     ctx.save_for_backward(x, *planes, block_scale, row_scale, gain, order, channel_weight, thresholds, budget)
     ctx.widths, ctx.block, ctx.has_bias = widths, block, bias is not None
-    ctx.max_graded_rows = rest[0] if rest else None
+    ctx.max_graded_rows = max_graded_rows
+
+
+def _save_gemv(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _save_for_backward(ctx, inputs, None)
+
+
+def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _save_for_backward(ctx, inputs[:12], inputs[12] if len(inputs) > 12 else DEFAULT_GRADED_ROWS)
 
 
 def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
@@ -133,14 +146,13 @@ def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
             grad_x += torch.where(grades == grade, grad_y @ dense.T, 0)
     grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0) if ctx.has_bias else None
     gradients = (grad_x, [None] * len(planes), *(None,) * 8, grad_bias, None, None)
-    # The dispatcher leaves out trailing arguments that have their default values.
     return gradients[: len(ctx.needs_input_grad)]
 
 
-torch.library.register_autograd("grinqh::gemv", _gradients, setup_context=_save_for_backward)
-torch.library.register_autograd("grinqh::linear", _gradients, setup_context=_save_for_backward)
+torch.library.register_autograd("grinqh::gemv", _gradients, setup_context=_save_gemv)
+torch.library.register_autograd("grinqh::linear", _gradients, setup_context=_save_linear)
 torch.library.register_autograd(
     "grinqh::gemv_read_bits",
     lambda ctx, grad_y, _: _gradients(ctx, grad_y),
-    setup_context=_save_for_backward,
+    setup_context=_save_gemv,
 )
