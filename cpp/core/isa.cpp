@@ -1,6 +1,11 @@
 #include <cstdlib>
 #include <string_view>
 
+#if defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 #include "../cpu/kernels.h"
 #include "grinqh/core.h"
 
@@ -29,7 +34,7 @@ bool isa_available(Isa isa) {
              __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
     case Isa::neon: return false;
 #elif defined(__aarch64__)
-    case Isa::neon: return true;
+    case Isa::neon: return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
     case Isa::avx2:
     case Isa::avx512: return false;
 #else

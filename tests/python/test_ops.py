@@ -130,6 +130,7 @@ def test_linear_beyond_its_graded_rows_is_the_dense_product(dtype: torch.dtype) 
     graded = OPS.linear(x, *layer.arguments, 20)
     assert torch.equal(graded, layer.gemv(x))
     dense = OPS.linear(x.view(4, 5, 130), *layer.arguments, 19)
+    assert layer.bias is not None
     want = x @ layer.dense(len(FINE), dtype) + layer.bias
     torch.testing.assert_close(dense, want.view(4, 5, 300))
 
