@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as functional
@@ -89,8 +89,7 @@ def calibrate(
     for name, statistics in seen.items():
         layer = layers[name]
         _sort(layer, statistics.mean_square)
-        error = cast(Tensor, layer.error)
-        units[name] = grading.unit_thresholds(layer.format.grade_bits, error, sensitivities[name])
+        units[name] = grading.unit_thresholds(layer.format.grade_bits, layer.error, sensitivities[name])
     if _drop_channels(config, layers, units, {name: statistics.mean_square for name, statistics in seen.items()}):
         observed = _observe(model, layers, batches, gradients=False, progress=progress)
 
@@ -110,7 +109,7 @@ def _batches(data: Any, tokenizer: Any, sequence_length: int, max_tokens: int) -
         raise InputError(f"sequence_length is {sequence_length}, must be at least 2")
     if max_tokens < 2:
         raise InputError(f"max_tokens is {max_tokens}, must be at least 2")
-    items = [data] if isinstance(data, str | Tensor) else list(data)
+    items: list[Any] = [data] if isinstance(data, str | Tensor) else list(data)
     if items and all(isinstance(item, str) for item in items):
         if tokenizer is None:
             raise InputError("calibrate was given texts but no tokenizer")
@@ -141,7 +140,7 @@ def _check_ids(ids: Any) -> Tensor:
         raise InputError(f"the calibration data holds a {type(ids).__name__}, must be texts or tensors of token ids")
     if ids.dtype not in (torch.int32, torch.int64) or ids.ndim not in (1, 2) or ids.numel() == 0 or ids.shape[-1] < 2:
         raise InputError(
-            f"token ids are {ids.dtype} {list(ids.shape)}, must be int64 or int32 [length] or [batch, length], length >= 2"
+            f"token ids are {ids.dtype} {list(ids.shape)}, must be int64 or int32, [length] or [batch, length >= 2]"
         )
     return ids if ids.ndim == 2 else ids[None]
 
@@ -166,15 +165,14 @@ class _Statistics:
     def see_input(self, x: Tensor) -> None:
         rows = x.detach().reshape(-1, self.layer.in_features).float()
         self.rows += rows.shape[0]
-        self.square_sum += rows.double().square().sum(0).cpu()
-        order, weight = cast(Tensor, self.layer.channel_order), cast(Tensor, self.layer.channel_weight)
-        importance = rows.abs()[:, order] * weight
+        self.square_sum += rows.square().sum(0).cpu()
+        importance = rows.abs().index_select(1, self.layer.channel_order) * self.layer.channel_weight
         for channels in set(self.layer.stored_channels):
             counted = grading.importance_histogram(importance[:, :channels]).cpu()
             self.histograms[channels] = self.histograms.get(channels, 0) + counted
 
     def see_gradient(self, gradient: Tensor) -> None:
-        self.gradient_square_sum += float(gradient.double().square().sum())
+        self.gradient_square_sum += float(torch.linalg.vector_norm(gradient, dtype=torch.float32)) ** 2
         self.gradients += gradient.numel()
 
 
@@ -208,7 +206,9 @@ def _loss(output: Any, ids: Tensor) -> Tensor:
     """Cross entropy of the next tokens, summed: a mean would make gradients shrink with the sequence's length."""
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != ids.shape:
-        raise InputError("the model returns no logits [batch, length, vocabulary]: calibrate(..., sensitivity=False) needs none")
+        raise InputError(
+            "the model returns no logits [batch, length, vocabulary]: calibrate(..., sensitivity=False) needs none"
+        )
     if not logits.requires_grad:
         raise InputError("the model's logits do not depend on any packed layer")
     return functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
@@ -291,7 +291,6 @@ def _drop_channels(
     setting for the whole model; a layer with an override of its own has its own setting. The first plane stays whole.
     Returns whether anything was dropped.
     """
-    groups: dict[str, float] = {}
     together = {name for name in units if config.layer_stored_bits(name) is None}
     targets = [({name}, config.layer_stored_bits(name)) for name in units.keys() - together]
     dropped = False
@@ -309,8 +308,8 @@ def _drop_channels(
 
 
 def _stored_rms(layer: GrinqhLinear, mean_square: Tensor) -> Tensor:
-    order = cast(Tensor, layer.channel_order).long().cpu()
-    return mean_square[order].sqrt() * cast(Tensor, layer.channel_weight).cpu()
+    order = layer.channel_order.long().cpu()
+    return mean_square[order].sqrt() * layer.channel_weight.cpu()
 
 
 def _stored_channels(
@@ -379,5 +378,5 @@ def _record_dial(
             unit = torch.zeros(layer.format.planes)
             stored = torch.tensor([channels / layer.in_features for channels in layer.stored_channels])
             dial = stored[:, None].expand(-1, len(taus)).contiguous()
-        cast(Tensor, layer.unit_thresholds).copy_(unit)
-        cast(Tensor, layer.dial).copy_(dial)
+        layer.unit_thresholds.copy_(unit)
+        layer.dial.copy_(dial)

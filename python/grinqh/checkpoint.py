@@ -37,7 +37,9 @@ def read_specs(path: str | Path) -> dict[str, TensorSpec]:
         length = int.from_bytes(file.read(8), "little")
         start = 8 + length
         if not 8 < start <= size:
-            raise InputError(f"{path} is no safetensors file, or is cut off: its header should end at byte {start} of {size}")
+            raise InputError(
+                f"{path} is no safetensors file, or is cut off: its header should end at byte {start} of {size}"
+            )
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
@@ -50,7 +52,9 @@ def read_specs(path: str | Path) -> dict[str, TensorSpec]:
     specs = {}
     for name, (dtype_name, shape, (begin, end)) in sorted(entries.items(), key=lambda entry: entry[1][2]):
         if start + end > size:
-            raise InputError(f"{path} is cut off: {name} should end at byte {start + end}, the file ends at byte {size}")
+            raise InputError(
+                f"{path} is cut off: {name} should end at byte {start + end}, the file ends at byte {size}"
+            )
         dtype = _DTYPES.get(dtype_name)
         if dtype is None:
             continue

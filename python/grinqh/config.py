@@ -43,7 +43,9 @@ def check_patterns(argument: str, patterns: Iterable[str], names: Iterable[str])
     names = list(names)
     for pattern in patterns:
         if not any(matches(pattern, name) for name in names):
-            raise InputError(f"{argument}: the pattern {pattern!r} matches none of the model's {len(names)} linear layers")
+            raise InputError(
+                f"{argument}: the pattern {pattern!r} matches none of the model's {len(names)} linear layers"
+            )
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,9 @@ class LayerFormat:
             return self
         planes = sum(bits <= stored_bits for bits in self.grade_bits) - 1
         if planes < 1:
-            raise InputError(f"stored_bits is {stored_bits}, must be at least {self.plane_widths[0]}, the first plane's bits")
+            raise InputError(
+                f"stored_bits is {stored_bits}, must be at least {self.plane_widths[0]}, the first plane's bits"
+            )
         return LayerFormat(self.plane_widths[:planes], self.block)
 
 
@@ -117,7 +121,7 @@ class GrinqhConfig(QuantizationConfigMixin):
     ) -> None:
         if isinstance(format_version, int) and format_version > FORMAT_VERSION:
             raise InputError(
-                f"format_version is {format_version}; this grinqh reads versions up to {FORMAT_VERSION}: install a newer one"
+                f"format_version is {format_version}, must be at most {FORMAT_VERSION}: a newer grinqh wrote this model"
             )
         if others.pop("quant_method", QUANT_METHOD) != QUANT_METHOD or others:
             raise InputError(f"GrinqhConfig has no setting named {', '.join(map(repr, others or ['quant_method']))}")
@@ -158,7 +162,7 @@ class GrinqhConfig(QuantizationConfigMixin):
             widths, block = self.format(name).plane_widths, self.format(name).block
             if not widths or any(width not in (1, 2, 4, 8) for width in widths) or sum(widths) > CODE_BITS:
                 raise InputError(
-                    f"{where}plane_widths is {widths}, must be widths of 1, 2, 4 or 8 with at most {CODE_BITS} bits in all"
+                    f"{where}plane_widths is {widths}, must be widths of 1, 2, 4 or 8, at most {CODE_BITS} bits in all"
                 )
             if block not in (32, 64, 128):
                 raise InputError(f"{where}block is {block!r}, must be 32, 64 or 128")
@@ -170,7 +174,9 @@ class GrinqhConfig(QuantizationConfigMixin):
             raise InputError(f"max_graded_rows is {self.max_graded_rows!r}, must be an integer of at least 0")
         first, step, points = self.dial_grid if len(self.dial_grid) == 3 else (math.nan, 0, 0)
         if not (math.isfinite(first) and step > 0 and points >= 2 and points == int(points)):
-            raise InputError(f"dial_grid is {self.dial_grid}, must be (log2 of the first setting, step > 0, number >= 2)")
+            raise InputError(
+                f"dial_grid is {self.dial_grid}, must be (log2 of the first setting, step > 0, number >= 2)"
+            )
 
     def format(self, name: str = "") -> LayerFormat:
         """Layout of the layer of this name."""

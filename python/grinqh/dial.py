@@ -7,9 +7,8 @@ turned into a tau by interpolation, and every layer's thresholds become `tau * u
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from grinqh.config import GrinqhConfig, ReadBits, check_patterns, check_read_bits, matches
 from grinqh.errors import InputError
 from grinqh.linear import GrinqhLinear
-from grinqh.model import model_config, packed_layers
+from grinqh.model import model_config, packed_layers, weighted_mean
 
 logger = logging.getLogger(__name__)
 
@@ -96,12 +95,12 @@ def _turn(layers: Mapping[str, GrinqhLinear], taus: Tensor, read_bits: ReadBits,
     for pattern, target in by_pattern.items():
         group = {name: layer for name, layer in layers.items() if matches(pattern, name)}
         if group:
-            stored = _mean(group.values(), [layer.stored_bits for layer in group.values()])
+            stored = weighted_mean(group.values(), [layer.stored_bits for layer in group.values()])
             settings |= dict.fromkeys(group, _tau(target, taus, _mean_bits(group, bits), stored))
     for name, tau in settings.items():
         layer = layers[name]
-        units = cast(Tensor, layer.unit_thresholds)
-        layer.set_thresholds(units * tau if tau > 0 else torch.zeros_like(units))
+        # Not 0 * unit_thresholds: infinity is among them.
+        layer.set_thresholds(layer.unit_thresholds * tau if tau > 0 else torch.zeros_like(layer.thresholds))
         budget = np.interp(np.log2(tau), np.log2(taus), bits[name]) if tau > 0 else layer.stored_bits
         layer.set_budget(float(budget) if exact_budget else None)
 
@@ -117,16 +116,12 @@ def _tau(target: float, taus: Tensor, read_bits: Tensor, stored_bits: float) -> 
 
 def _layer_bits(layer: GrinqhLinear) -> Tensor:
     widths = torch.tensor(layer.format.plane_widths, dtype=torch.float64)
-    return widths @ cast(Tensor, layer.dial).to("cpu", torch.float64)
+    return widths @ layer.dial.to("cpu", torch.float64)
 
 
 def _mean_bits(layers: Mapping[str, GrinqhLinear], bits: Mapping[str, Tensor]) -> Tensor:
-    return cast(Tensor, _mean(layers.values(), [bits[name] for name in layers]))
-
-
-def _mean(layers: Iterable[GrinqhLinear], values: Iterable[Tensor] | Iterable[float]) -> Tensor | float:
-    weights = [layer.weights for layer in layers]
-    return sum(w * value for w, value in zip(weights, values, strict=True)) / sum(weights)
+    weights = torch.tensor([layer.weights for layer in layers.values()], dtype=torch.float64)
+    return weights @ torch.stack([bits[name] for name in layers]) / weights.sum()
 
 
 def _check_calibrated(layers: Mapping[str, GrinqhLinear]) -> None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 LayerSpecs = dict[str, TensorSpec]
 
 
-class GrinqhQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is untyped
+class GrinqhQuantizer(HfQuantizer):
     """Loads converted models; converts others once they are loaded."""
 
     requires_calibration = False
@@ -52,9 +52,7 @@ class GrinqhQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unt
         for name, linear in layers.items():
             bias = linear.bias is not None
             format, points = config.format(name), int(config.dial_grid[2])
-            packing.check_specs(
-                name, format, linear.in_features, linear.out_features, bias, points, found[name]
-            )
+            packing.check_specs(name, format, linear.in_features, linear.out_features, bias, points, found[name])
             kept = format.within(config.stored_bits_to_load)
             unread = {packing.plane_name(p) for p in range(kept.planes, format.planes)}
             model._keys_to_ignore_on_load_unexpected |= {re.escape(f"{name}.{plane}") for plane in unread}

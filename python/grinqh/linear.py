@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +24,20 @@ class GrinqhLinear(nn.Module):
         max_graded_rows: inputs of more rows than this are read in full.
     """
 
+    # Parameters: the planes, and
+    block_scale: Tensor
+    row_scale: Tensor
+    gain: Tensor
+    channel_order: Tensor
+    channel_weight: Tensor
+    error: Tensor
+    unit_thresholds: Tensor
+    dial: Tensor
+    bias: Tensor | None
+    # Buffers. They are not saved: they follow from the dial setting that the model's config records.
     thresholds: Tensor
-    read_total: Tensor
     budget: Tensor | None
+    read_total: Tensor  # float64 [2]: sum of the read bits of the rows counted, and their number
 
     def __init__(self, tensors: Mapping[str, Tensor], format: LayerFormat, max_graded_rows: int = 16) -> None:
         super().__init__()
@@ -38,11 +48,9 @@ class GrinqhLinear(nn.Module):
         self.count_reads = False
         self.register_parameter("bias", None)
         self.set_packed(tensors, format)
-        device = tensors["gain"].device
-        # Not saved: they follow from the dial setting that the model's config records.
+        device = self.gain.device
         self.register_buffer("thresholds", torch.zeros(format.planes, device=device), persistent=False)
         self.register_buffer("budget", None, persistent=False)
-        # Sum of the read bits of the rows counted, and their number.
         self.register_buffer("read_total", torch.zeros(2, dtype=torch.float64, device=device), persistent=False)
 
     @property
@@ -79,7 +87,7 @@ class GrinqhLinear(nn.Module):
     @property
     def calibrated(self) -> bool:
         """Whether the dial has been recorded."""
-        return not bool(cast(Tensor, self.dial).isnan().any())
+        return not bool(self.dial.isnan().any())
 
     def set_thresholds(self, thresholds: Tensor | Sequence[float]) -> None:
         """Writes the thresholds, in place.
@@ -101,14 +109,16 @@ class GrinqhLinear(nn.Module):
 
         Changing the number is done in place; switching the budget on or off makes `torch.compile` compile again.
         """
-        if read_bits is None or self.budget is None:
-            self.budget = None if read_bits is None else self.thresholds.new_empty(1)
-        if self.budget is not None:
+        if read_bits is None:
+            self.budget = None
+        elif self.budget is None:
+            self.budget = self.thresholds.new_full((1,), read_bits)
+        else:
             self.budget.fill_(read_bits)
 
     def reset_buffers(self) -> None:
         """Everything is read, no budget, nothing counted: the state of a new layer."""
-        self.thresholds = torch.zeros(self.format.planes, device=cast(Tensor, self.gain).device)
+        self.thresholds = torch.zeros(self.format.planes, device=self.gain.device)
         self.read_total.zero_()
         self.budget = None
 
@@ -133,8 +143,8 @@ class GrinqhLinear(nn.Module):
             y, read_bits = torch.ops.grinqh.gemv_read_bits(*arguments)
             self.read_total[0] += read_bits.sum()
             self.read_total[1] += read_bits.numel()
-            return cast(Tensor, y)
-        return cast(Tensor, torch.ops.grinqh.linear(*arguments, self.max_graded_rows))
+            return y
+        return torch.ops.grinqh.linear(*arguments, self.max_graded_rows)
 
     def extra_repr(self) -> str:
         """The layer's shape and format, for printing."""

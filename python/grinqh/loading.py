@@ -39,7 +39,9 @@ def from_pretrained(
 
     recorded = PreTrainedConfig.get_config_dict(path, **kwargs)[0].get("quantization_config") or {}
     if recorded.get("quant_method") != QUANT_METHOD:
-        raise InputError(f"{path} is not a GRINQH model: its config.json has quant_method {recorded.get('quant_method')!r}")
+        raise InputError(
+            f"{path} is not a GRINQH model: its config.json has quant_method {recorded.get('quant_method')!r}"
+        )
     settings = GrinqhConfig(
         read_bits=read_bits, stored_bits=stored_bits, exact_budget=exact_budget, max_graded_rows=max_graded_rows
     )

@@ -6,7 +6,7 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 
 UNLIMITED_ROWS = 2**31 - 1
+_CONFIG_ATTRIBUTE = "grinqh_config"  # where a model that is not transformers' keeps its config
 
 
 def quantize_model(model: Model, config: GrinqhConfig | None = None, *, progress: bool = True) -> Model:
@@ -120,7 +121,7 @@ def model_config(model: nn.Module) -> GrinqhConfig:
         InputError: the model was not converted.
     """
     config = getattr(getattr(model, "config", None), "quantization_config", None)
-    config = config if isinstance(config, GrinqhConfig) else getattr(model, "grinqh_config", None)
+    config = config if isinstance(config, GrinqhConfig) else getattr(model, _CONFIG_ATTRIBUTE, None)
     if not isinstance(config, GrinqhConfig):
         raise InputError(f"{type(model).__name__} records no GrinqhConfig: call grinqh.quantize_model first")
     return config
@@ -129,7 +130,13 @@ def model_config(model: nn.Module) -> GrinqhConfig:
 def stored_bits(model: nn.Module) -> float:
     """Mean bits per weight in the planes of the packed layers; scales are not counted (see `packed_bytes`)."""
     layers = packed_layers(model).values()
-    return sum(layer.stored_bits * layer.weights for layer in layers) / sum(layer.weights for layer in layers)
+    return weighted_mean(layers, [layer.stored_bits for layer in layers])
+
+
+def weighted_mean(layers: Iterable[GrinqhLinear], values: Iterable[float]) -> float:
+    """Mean of one value for each layer, over their weights."""
+    weights = [layer.weights for layer in layers]
+    return sum(weight * value for weight, value in zip(weights, values, strict=True)) / sum(weights)
 
 
 def packed_bytes(model: nn.Module) -> int:
@@ -180,8 +187,7 @@ def read_stats(model: nn.Module) -> ReadStats:
     bits = {name: total / rows for name, (total, rows) in sums.items() if rows > 0}
     if not bits:
         raise InputError("no rows were counted: call grinqh.count_reads(model) before running the model")
-    weights = sum(layers[name].weights for name in bits)
-    return ReadStats(sum(bits[name] * layers[name].weights for name in bits) / weights, bits)
+    return ReadStats(weighted_mean([layers[name] for name in bits], bits.values()), bits)
 
 
 def reset_read_stats(model: nn.Module) -> None:
@@ -245,10 +251,10 @@ def _record(model: nn.Module, config: GrinqhConfig, names: list[str]) -> None:
     """Leaves the config where `model_config` and `save_pretrained` find it."""
     hf_config: Any = getattr(model, "config", None)
     if hf_config is None or not hasattr(hf_config, "save_pretrained"):
-        model.grinqh_config = config  # type: ignore[assignment]
+        setattr(model, _CONFIG_ATTRIBUTE, config)
         return
     hf_config.quantization_config = config
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if isinstance(head, GrinqhLinear):  # it has weights of its own now
+    hf_model: Any = model
+    if isinstance(hf_model.get_output_embeddings(), GrinqhLinear):  # the head has weights of its own now
         hf_config.tie_word_embeddings = False
-        model.all_tied_weights_keys = {}  # type: ignore[assignment]
+        hf_model.all_tied_weights_keys = {}

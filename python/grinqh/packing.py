@@ -124,7 +124,12 @@ def pack_weight(
 
 
 def check_specs(
-    name: str, format: LayerFormat, in_features: int, out_features: int, bias: bool, dial_points: int,
+    name: str,
+    format: LayerFormat,
+    in_features: int,
+    out_features: int,
+    bias: bool,
+    dial_points: int,
     found: Mapping[str, TensorSpec],
 ) -> None:
     """Raises InputError, naming the tensor, unless the tensors found for a layer are those that the config demands.
