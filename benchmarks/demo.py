@@ -13,6 +13,7 @@ import math
 import shutil
 import sys
 import time
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,6 +70,7 @@ def fingerprint() -> str:
     return digest.hexdigest()[:16]
 
 
+@cache
 def cache_folder() -> Path:
     """The folder of this state of the sources; those of other states are removed."""
     folder = CACHE / "demo" / fingerprint()
@@ -128,6 +130,7 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[
     }
     rows = [first]
     for score in scores:
+        assert score.target is not None
         grinqh.set_bits(model, score.target)
         speed = decode_tokens_per_second(model, prompt, DECODED_TOKENS)
         rows.append(row(score, grinqh.stored_bits(model), disk_mb, speed))

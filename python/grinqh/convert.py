@@ -77,7 +77,7 @@ def convert(
     text_name = CALIBRATION_TEXT_NAME if calibration is None else Path(calibration).name
     with _new_folder(Path(out), force) as folder:
         model = checked.load_quantized(config, dtype)
-        report = calibrate(model, text, checked.load_tokenizer(), max_tokens=calibration_tokens)
+        report = calibrate(model, text, checked.tokenizer, max_tokens=calibration_tokens)
         model.save_pretrained(folder)
         checked.copy_companions(folder)
         layers = packed_layers(model).values()

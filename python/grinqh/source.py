@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +77,8 @@ class Source:
             return quantize_model(load_gguf_model(self.path, dtype), config)
         return self._from_pretrained(dtype=dtype, quantization_config=config)
 
-    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
         if self.gguf:
             return load_gguf_tokenizer(self.path)
@@ -92,7 +94,7 @@ class Source:
     def copy_companions(self, folder: Path) -> None:
         """Puts tokenizer and generation config into a folder: a Hugging Face folder's files as they are."""
         if self.gguf:
-            self.load_tokenizer().save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
             return
         for pattern in COMPANIONS:
             for file in sorted(self.path.glob(pattern)):

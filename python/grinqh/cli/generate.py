@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
         )
     else:
         inputs = tokenizer(options.prompt, return_tensors="pt")
-    streamer = None if options.json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+    streamer = None if options.json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     grinqh.count_reads(model)
     start = time.perf_counter()

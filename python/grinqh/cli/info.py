@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from grinqh.cli.common import converted_config, print_json, print_table, shown
 from grinqh.checkpoint import read_specs
+from grinqh.cli.common import converted_config, print_json, print_table, shown
 from grinqh.config import GrinqhConfig, LayerFormat
 from grinqh.dial import dial_taus
 from grinqh.errors import InputError
@@ -85,11 +85,8 @@ def run(options: argparse.Namespace) -> None:
     facts["stored_bits"] = shown(facts["stored_bits"])
     facts["bits_with_scales"] = shown(8 * facts["packed_bytes"] / weights)
     for name, value in facts.items():
-        print(
-            f"{name.replace('_', ' ') + ':':18}{value:,}"
-            if isinstance(value, int)
-            else f"{name.replace('_', ' ') + ':':18}{value}"
-        )
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        print(f"{name.replace('_', ' ') + ':':18}{format(value, ',') if whole else value}")
     print("\nplanes")
     print_table(
         ("plane", "width", "channels stored", "stored bits"),
