@@ -101,7 +101,7 @@ def _turn(layers: Mapping[str, GrinqhLinear], taus: Tensor, read_bits: ReadBits,
         layer = layers[name]
         # Not 0 * unit_thresholds: infinity is among them.
         layer.set_thresholds(layer.unit_thresholds * tau if tau > 0 else torch.zeros_like(layer.thresholds))
-        budget = np.interp(np.log2(tau), np.log2(taus), bits[name]) if tau > 0 else layer.stored_bits
+        budget = np.interp(np.log2(tau), taus.log2(), bits[name]) if tau > 0 else layer.stored_bits
         layer.set_budget(float(budget) if exact_budget else None)
 
 
