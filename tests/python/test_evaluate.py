@@ -93,8 +93,9 @@ def test_scores_are_their_definitions(model: Any, full: Any) -> None:
     (score,) = evaluate(model, windows, [3.0], reference=Reference(lambda: full), progress=False)
     with grinqh.graded(model):
         ours = window_logits(model, windows.ids[0])
-    loss, kl, top1 = reference_scores(ours, window_logits(full, windows.ids[0]), windows.ids[0])
-    full_loss, _, _ = reference_scores(*[window_logits(full, windows.ids[0])] * 2, windows.ids[0])
+    theirs = window_logits(full, windows.ids[0])
+    loss, kl, top1 = reference_scores(ours, theirs, windows.ids[0])
+    full_loss, _, _ = reference_scores(theirs, theirs, windows.ids[0])
     assert score.perplexity == pytest.approx(math.exp(loss), rel=1e-5)
     assert score.reference_perplexity == pytest.approx(math.exp(full_loss), rel=1e-5)
     assert score.log_ratio == pytest.approx(loss - full_loss, abs=1e-5)

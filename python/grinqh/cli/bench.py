@@ -12,6 +12,7 @@ import torch.nn.functional as functional
 from tqdm import tqdm
 
 from grinqh.benchmark import (
+    RandomLayer,
     decode_tokens_per_second,
     gaussian_thresholds,
     hardware,
@@ -47,10 +48,11 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Times the layer, then the model."""
+    thresholds = [gaussian_thresholds(bits) for bits in options.bits]
     model = load_converted(options.model) if options.model else None
     steps = tqdm(total=len(options.bits) * (1 if model is None else 2) + 1, desc="bench", disable=None, file=sys.stderr)
     with torch.no_grad(), steps:
-        layer = _time_layer(options, steps)
+        layer = _time_layer(options, thresholds, steps)
         decode = None if model is None else _time_decoding(model, options, steps)
     n, k = options.shape
     if options.json:
@@ -76,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
         print_table(("read bits", "tokens/s"), [(f"{r['read_bits']:g}", f"{r['tokens_per_s']:.1f}") for r in decode])
 
 
-def _time_layer(options: argparse.Namespace, steps: Any) -> list[dict[str, Any]]:
+def _time_layer(options: argparse.Namespace, thresholds: list[torch.Tensor], steps: Any) -> list[dict[str, Any]]:
     n, k = options.shape
     inputs = [torch.randn(options.rows, k) for _ in range(16)]
     dense = [torch.randn(n, k) for _ in range(rotation_count(4 * n * k, 4 * n * k))]
@@ -85,9 +87,11 @@ def _time_layer(options: argparse.Namespace, steps: Any) -> list[dict[str, Any]]
     steps.update()
     del dense
     layers = random_layers(n, k, rotation_count(n * k, n * k * min(options.bits) / 8))
-    for bits in options.bits:
-        thresholds = gaussian_thresholds(bits)
-        gemv = lambda x, layer, t=thresholds: torch.ops.grinqh.gemv(*layer.arguments(x, t))  # noqa: E731
+    for bits, graded_by in zip(options.bits, thresholds, strict=True):
+
+        def gemv(x: torch.Tensor, layer: RandomLayer, thresholds: torch.Tensor = graded_by) -> object:
+            return torch.ops.grinqh.gemv(*layer.arguments(x, thresholds))
+
         rows.append({"method": f"grinqh {bits:g}", "us": median_microseconds(gemv, inputs, layers, options.seconds)})
         steps.update()
     return rows

@@ -40,19 +40,14 @@ def load_converted(folder: Path, stored_bits: float | None = None) -> PreTrained
     """A converted model, ready to run."""
     need_transformers()
     converted_config(folder)
-    from transformers import AutoModelForCausalLM
+    from grinqh import from_pretrained
 
-    from grinqh import GrinqhConfig
-
-    options = {} if stored_bits is None else {"quantization_config": GrinqhConfig(stored_bits=stored_bits)}
-    model: PreTrainedModel
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        return from_pretrained(folder, stored_bits=stored_bits)
     except InputError:
         raise
     except Exception as error:  # a damaged file makes itself known in many ways
         raise InputError(f"cannot load {folder}: {error}") from error
-    return model
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

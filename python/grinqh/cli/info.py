@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,7 +18,7 @@ from grinqh.cli.common import converted_config, print_json, print_table, shown
 from grinqh.config import GrinqhConfig, LayerFormat
 from grinqh.dial import dial_taus
 from grinqh.errors import InputError
-from grinqh.packing import plane_name
+from grinqh.packing import TensorSpec, check_specs, plane_name
 from grinqh.source import weight_files
 
 TARGETS = (8.0, 6.0, 5.0, 4.0, 3.5, 3.0, 2.5, 2.0, 1.5, 1.0)
@@ -60,9 +61,7 @@ def run(options: argparse.Namespace) -> None:
     """Prints the tables."""
     config = GrinqhConfig(**converted_config(options.model)["quantization_config"])
     files = weight_files(options.model)
-    layers: dict[str, _Layer] = {}
-    for file in files:
-        layers |= _packed_layers(file, config)
+    layers = _packed_layers(files, config)
     if not layers:
         raise InputError(f"{options.model} holds no packed layers")
     weights = sum(layer.weights for layer in layers.values())
@@ -99,23 +98,38 @@ def run(options: argparse.Namespace) -> None:
     )
 
 
-def _packed_layers(path: Path, config: GrinqhConfig) -> dict[str, _Layer]:
-    specs = read_specs(path)
-    names = [key.removesuffix(".channel_order") for key in specs if key.endswith(".channel_order")]
+def _packed_layers(files: Sequence[Path], config: GrinqhConfig) -> dict[str, _Layer]:
+    """The packed layers in the files; a layer's tensors may lie in several."""
+    found: dict[str, dict[str, TensorSpec]] = {}
+    dials: dict[str, torch.Tensor] = {}
+    for path in files:
+        specs = read_specs(path)  # refuses a damaged file
+        with safe_open(path, "pt") as file:
+            for key, spec in specs.items():
+                name, _, tensor = key.rpartition(".")
+                found.setdefault(name, {})[tensor] = spec
+                if tensor == "dial":
+                    dials[name] = file.get_tensor(key)
     layers: dict[str, _Layer] = {}
-    with safe_open(path, "pt") as file:
-        for name in names:
-            tensors = {key.rpartition(".")[2]: spec for key, spec in specs.items() if key.rpartition(".")[0] == name}
-            format = config.format(name)
-            layers[name] = _Layer(
-                format=format,
-                in_features=tensors["channel_order"].shape[0],
-                out_features=tensors["row_scale"].shape[0],
-                stored=[tensors[plane_name(p)].shape[0] for p in range(format.planes)],
-                dial=file.get_tensor(f"{name}.dial"),
-                file_bytes=sum(prod(spec.shape) * spec.dtype.itemsize for spec in tensors.values()),
-            )
+    for name in dials:
+        tensors, format = found[name], config.format(name)
+        in_features, out_features = (_length(tensors, tensor) for tensor in ("channel_order", "row_scale"))
+        points = int(config.dial_grid[2])
+        check_specs(name, format, in_features, out_features, "bias" in tensors, points, tensors)
+        layers[name] = _Layer(
+            format=format,
+            in_features=in_features,
+            out_features=out_features,
+            stored=[_length(tensors, plane_name(p)) for p in range(format.planes)],
+            dial=dials[name],
+            file_bytes=sum(prod(spec.shape) * spec.dtype.itemsize for spec in tensors.values()),
+        )
     return layers
+
+
+def _length(tensors: dict[str, TensorSpec], tensor: str) -> int:
+    """Length of a tensor's first dimension; 0 where it is missing, which `check_specs` then says."""
+    return tensors[tensor].shape[0] if tensor in tensors else 0
 
 
 def _plane_table(layers: dict[str, _Layer]) -> list[dict[str, Any]]:
