@@ -21,6 +21,7 @@
 #include "device.cuh"
 #include "kernels.h"
 #include "layout.h"
+#include "plan.h"
 #include "ptx.h"
 
 namespace grinqh::cuda {
@@ -29,17 +30,18 @@ namespace {
 constexpr float kLargest = 32600.0f;        // of a coefficient: leaves room for rounding in 16 bits
 constexpr float kToInteger = 12582912.0f;   // 1.5 * 2^23: adding it rounds a float to an integer in the low bits
 constexpr float kCarry = 128.0f;            // makes the low byte signed
-constexpr std::uint32_t kPadding = 0xffffffffu;
-constexpr int kSubplaneShift = 28;          // entry: subplane << 28 | channel
-constexpr std::uint32_t kChannelMask = (1u << kSubplaneShift) - 1;
 
 struct Subplane {
   const std::uint8_t* runs;  // [tiles][channels][run]
   int channels;
-  int width;     // 1 or 2
-  int grade;     // the lowest grade that reads it
-  float weight;  // 2^(1 - bits)
+  int width;  // 1 or 2
+  int run;    // bytes
 };
+
+__host__ __device__ constexpr int item(std::uint64_t table, int i) { return static_cast<int>(table >> (4 * i) & 15); }
+
+// 2^(1 - bits): what a unit of a subplane's bits weighs.
+__device__ __forceinline__ float unit_weight(int bits) { return __int_as_float((128 - bits) << 23); }
 
 struct GemvArgs {
   const void* x;
@@ -55,15 +57,22 @@ struct GemvArgs {
   const void* bias;
   void* y;
   float* partial;
-  unsigned* arrivals;
+  unsigned* arrivals;  // [row groups][tiles]
+  unsigned* tickets;   // [row groups][slices], or null: every group of warps takes its tiles in a fixed stride
   Subplane sub[kMaxSubplanes];
-  int subs, planes;
-  int twos;  // subplanes of 2 bits
+  // Small tables in one register each, four bits an item.
+  std::uint64_t grade_of;  // by subplane: the lowest grade that reads it
+  std::uint64_t bits_of;   // by subplane: bits down to it
+  unsigned one_bit;        // by subplane, one bit: it has 1 bit
+  int subs;
+  int prefetch_channels;  // channels whose first subplane is fetched to L2 before x is known
   Dtype dtype;
   int m, n, k, tiles;
-  int slices, k_warps, columns;
-  int slice_channels;  // at most, in one slice
-  int capacity;        // entries
+  int chunks;          // of 32 channels
+  int slices, columns;
+  int k_warp_bits;     // log2 of the warps that share a tile
+  int slice_channels;  // at most, in one slice; whole slabs
+  int capacity;        // entries of all lists
 };
 
 // Channels are sorted by importance, so slices take chunks of 32 in turn, back and forth.
@@ -108,8 +117,7 @@ __device__ __noinline__ float nonfinite_sum(const GemvArgs& a, int slice, int ro
   float sum = 0;
   const int tile = output / kTile, in_tile = output % kTile;
   const int blocks = static_cast<int>((a.scale_bound - a.scale) / (static_cast<std::int64_t>(a.tiles) * a.k));
-  const int chunks = (a.k + kSlab - 1) / kSlab;
-  for (int round = 0; round * a.slices < chunks; ++round) {
+  for (int round = 0; round * a.slices < a.chunks; ++round) {
     const int chunk = slice_chunk(round, slice, a.slices);
     for (int c = chunk * kSlab; c < min(a.k, (chunk + 1) * kSlab); ++c) {
       const float x = load_number(a.x, row * a.x_stride + a.order[c], a.dtype);
@@ -120,10 +128,10 @@ __device__ __noinline__ float nonfinite_sum(const GemvArgs& a, int slice, int ro
         const Subplane& sub = a.sub[s];
         const RunPosition at = run_position(in_tile, sub.width);
         const std::uint8_t byte =
-            sub.runs[(static_cast<std::int64_t>(tile) * sub.channels + c) * run_bytes(sub.width) + at.byte];
+            sub.runs[run_offset(tile, c, sub.channels, run_bytes(sub.width)) + at.byte];
         const int mask = (1 << sub.width) - 1;
-        level += sub.weight * (static_cast<float>(byte >> at.shift & mask) - 0.5f * mask);
-        grade = sub.grade;
+        level += unit_weight(item(a.bits_of, s)) * (static_cast<float>(byte >> at.shift & mask) - 0.5f * mask);
+        grade = item(a.grade_of, s);
       }
       if (grade == 0) continue;
       const std::int64_t scale = (static_cast<std::int64_t>(tile) * a.k + c) * blocks + in_tile / (kTile / blocks);
@@ -137,101 +145,141 @@ template <int kRows, int kBlocks, bool kOneBit, int kWarps, int kStages, int kRe
 __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __grid_constant__ GemvArgs a) {
   using Layout = Shared<kRows, kBlocks, kWarps, kStages>;
   using Column = Columns<kRows, kBlocks>;
+  constexpr int kSubs = kOneBit ? kMaxSubplanes : 4;  // without 1-bit planes there are at most 4
   extern __shared__ __align__(128) std::uint8_t shared[];
-  __shared__ unsigned count_two, count_one, bound_bits[kRows], nonfinite;
-  __shared__ unsigned long long run_base[kWarps][kMaxSubplanes];
-  __shared__ unsigned last_arrival[kWarps];
+  __shared__ int count[kSubs];
+  __shared__ unsigned bound_bits[kRows], nonfinite, last_arrival[kWarps];
+  __shared__ int tile_queue[kWarps][4];  // by group: its tile of each turn, turns counted modulo 4
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int g = lane / 4, t = lane % 4;
-  const int slice = blockIdx.x % a.slices, column = blockIdx.x / a.slices;
-  const int first_row = blockIdx.y * kRows, rows = min(kRows, a.m - first_row);
-  const int groups = kWarps / a.k_warps;
-  const int group = warp / a.k_warps, k_warp = warp % a.k_warps, group_threads = a.k_warps * 32;
+  const int slice = blockIdx.x, first_row = blockIdx.z * kRows, rows = min(kRows, a.m - first_row);
+  const int k_warps = 1 << a.k_warp_bits, groups = kWarps >> a.k_warp_bits;
+  const int group = warp >> a.k_warp_bits, k_warp = warp & (k_warps - 1);
+  const int workers = a.columns * groups, first_tile = blockIdx.y * groups + group;  // workers: groups on this slice
+  const bool leader = k_warp == 0 && lane == 0;
   int* sums = reinterpret_cast<int*>(shared + Layout::kSums) + group * kRows * kTile;
-  std::uint32_t* entries = reinterpret_cast<std::uint32_t*>(shared + Layout::entries(groups));
+  int* entries = reinterpret_cast<int*>(shared + Layout::entries(groups));
   float* values = reinterpret_cast<float*>(shared + Layout::values(groups, a.capacity));
-  const int ones_at = (a.slice_channels * a.twos + kSlab - 1) / kSlab * kSlab;  // where the 1-bit list begins
-
   const auto meet = [&] {  // the warps that share a tile
-    if (a.k_warps == 1) {
+    if (k_warps == 1) {
       __syncwarp();
     } else {
-      ptx::barrier(1 + group, group_threads);
+      ptx::barrier(1 + group, k_warps * 32);
     }
   };
 
-  ptx::launch_dependents();
+  // Before the previous kernel's results are there: all that x has no part in.
+  struct Channel {
+    int index, feature, stored;  // stored: subplanes
+    float weight, scale;
+  };
+  const auto read_channel = [&](int round) {
+    Channel c{slice_chunk(round, slice, a.slices) * kSlab + lane, 0, 0, 0, 0};
+    if (round * a.slices < a.chunks && c.index < a.k) {
+      c.feature = __ldg(&a.order[c.index]);
+      c.weight = __ldg(&a.channel_weight[c.index]);
+      c.scale = __half2float(a.scale_bound[c.index]);
+#pragma unroll
+      for (int s = 0; s < kSubs; ++s) c.stored += c.index < a.sub[s].channels;
+      if (c.index < a.prefetch_channels) {
+        for (int tile = blockIdx.y * groups; tile < min(a.tiles, (static_cast<int>(blockIdx.y) + 1) * groups); ++tile)
+          ptx::prefetch(a.sub[0].runs + run_offset(tile, c.index, a.sub[0].channels, a.sub[0].run));
+      }
+    }
+    return c;
+  };
+  Channel channel = read_channel(warp), next_channel = read_channel(warp + kWarps);
+  if (threadIdx.x < kSubs) count[threadIdx.x] = 0;
   if (threadIdx.x < kRows) bound_bits[threadIdx.x] = 0;
-  if (threadIdx.x == 0) count_two = count_one = nonfinite = 0;
-  for (int i = threadIdx.x; i < groups * kRows * kTile; i += kWarps * 32)
-    reinterpret_cast<int*>(shared + Layout::kSums)[i] = 0;
+  if (threadIdx.x == 0) nonfinite = 0;
+  for (int i = Layout::kSums + threadIdx.x * 16; i < Layout::total(groups, a.capacity); i += kWarps * 32 * 16)
+    *reinterpret_cast<uint4*>(shared + i) = uint4{};
   __syncthreads();
   ptx::wait_for_previous_kernel();
+  ptx::launch_dependents();
+  unsigned* ticket = a.tickets ? a.tickets + blockIdx.z * a.slices + slice : nullptr;
+  // Every group draws once here and once for each tile it works on, so the last draw is known by its number.
+  const auto draw = [&] {
+    const unsigned number = atomicAdd(ticket, 1);
+    if (number == static_cast<unsigned>(workers + a.tiles) - 1) *ticket = 0;
+    return number;
+  };
+  unsigned first_draw = 0;
+  if (leader && ticket) first_draw = draw();
 
-  // Grade the slice and list its entries.
-  const int chunks = (a.k + kSlab - 1) / kSlab;
-  float bound[kRows];
+  // Grade the slice and list its entries: one list of channels for each subplane.
+  float threshold[kSubs], gain[kSubs];  // by subplane: those of one plane share its grade
+  {
+    const int s = lane % 8;
+    const float* from = lane < 8 ? a.thresholds : a.gain;
+    const float mine = lane < 16 && s < a.subs ? __ldcg(&from[item(a.grade_of, s) - 1]) : 0.0f;
 #pragma unroll
-  for (int m = 0; m < kRows; ++m) bound[m] = 0;
-  for (int round = warp;; round += kWarps) {
-    if (round * a.slices >= chunks) break;
-    const int c = slice_chunk(round, slice, a.slices) * kSlab + lane;
-    int top = 0, grade[kRows], stored = 0;
-    float value[kRows];
-    if (c < a.k) {
-      const int feature = a.order[c];
-      const float weight = a.channel_weight[c], scale = __half2float(a.scale_bound[c]);
-      for (int s = 0; s < a.subs; ++s) {
-        if (c < a.sub[s].channels) stored = a.sub[s].grade;
+    for (int i = 0; i < kSubs; ++i) {
+      threshold[i] = __shfl_sync(~0u, mine, i);
+      gain[i] = __shfl_sync(~0u, mine, 8 + i);
+    }
+  }
+  const auto read_x = [&](const Channel& c, int m) {
+    return c.stored > 0 && m < rows ? load_number(a.x, (first_row + m) * a.x_stride + c.feature, a.dtype) : 0.0f;
+  };
+  float bound[kRows], next_x[kRows];
+#pragma unroll
+  for (int m = 0; m < kRows; ++m) {
+    bound[m] = 0;
+    next_x[m] = read_x(channel, m);
+  }
+#pragma unroll 1
+  for (int round = warp; round * a.slices < a.chunks; round += kWarps) {
+    const Channel c = channel;
+    float x[kRows];
+    channel = next_channel;
+#pragma unroll
+    for (int m = 0; m < kRows; ++m) {
+      x[m] = next_x[m];
+      next_x[m] = read_x(channel, m);
+    }
+    next_channel = read_channel(round + 2 * kWarps);
+    int read[kRows], most = 0;  // subplanes
+#pragma unroll
+    for (int m = 0; m < kRows; ++m) {
+      const float factor = a.factor && m < rows ? a.factor[first_row + m] : 1.0f;
+      const float importance = fabsf(x[m]) * c.weight;
+      float chosen = 0;
+      read[m] = 0;
+#pragma unroll
+      for (int s = 0; s < kSubs; ++s) {
+        // A NaN is read in full, so that it reaches the result as in a dense product.
+        const bool reads = (s < c.stored) & (m < rows) & !(importance < threshold[s] * factor);
+        read[m] = reads ? s + 1 : read[m];
+        chosen = reads ? gain[s] : chosen;
       }
-#pragma unroll
-      for (int m = 0; m < kRows; ++m) {
-        grade[m] = 0;
-        if (m >= rows) continue;
-        const float x = load_number(a.x, (first_row + m) * a.x_stride + feature, a.dtype);
-        const float factor = a.factor ? a.factor[first_row + m] : 1.0f;
-        grade[m] = grade_of(x, weight, a.thresholds, factor, a.planes, stored);
-        if (!isfinite(x)) {
-          atomicOr(&nonfinite, 1u << m);
-          grade[m] = 0;
-        }
-        if (grade[m] > 0) {
-          value[m] = x * a.gain[grade[m] - 1];
-          bound[m] = fmaxf(bound[m], fabsf(value[m]) * scale);
-        }
-        top = max(top, grade[m]);
+      most = max(most, read[m]);
+      x[m] *= chosen;
+      if (!isfinite(x[m])) {
+        atomicOr(&nonfinite, 1u << m);
+        read[m] = 0;
+        x[m] = 0;
       }
+      bound[m] = fmaxf(bound[m], fabsf(x[m]) * c.scale);
     }
-    int two = 0, one = 0;
-    for (int s = 0; s < a.subs; ++s) {
-      if (a.sub[s].grade <= top) (a.sub[s].width == 2 ? two : one) += 1;
-    }
-    int two_at = two, one_at = one;
+    unsigned readers[kSubs];
+    int base = 0;
 #pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-      const int v = __shfl_up_sync(~0u, two_at, d);
-      if (lane >= d) two_at += v;
-      if constexpr (kOneBit) {
-        const int u = __shfl_up_sync(~0u, one_at, d);
-        if (lane >= d) one_at += u;
-      }
+    for (int s = 0; s < kSubs; ++s) {
+      readers[s] = __ballot_sync(~0u, most > s);
+      if (lane == s) base = __popc(readers[s]);
     }
-    int two_base = 0, one_base = 0;
-    if (lane == 31) {
-      two_base = atomicAdd(&count_two, two_at);
-      if constexpr (kOneBit) one_base = atomicAdd(&count_one, one_at);
-    }
-    two_at += __shfl_sync(~0u, two_base, 31) - two;
-    if constexpr (kOneBit) one_at += ones_at + __shfl_sync(~0u, one_base, 31) - one;
-    for (int s = 0; s < a.subs && a.sub[s].grade <= top; ++s) {
-      const int at = !kOneBit || a.sub[s].width == 2 ? two_at++ : one_at++;
-      // Physical row r of a slab is operand row 16 * (r / 16) + 4 * (r % 4) + r / 4 % 4.
-      const int value_at = (at & ~15) + at % 4 * 4 + at / 4 % 4;
-      entries[at] = static_cast<std::uint32_t>(s) << kSubplaneShift | c;
+    if (base > 0) base = atomicAdd(&count[lane], base);
 #pragma unroll
-      for (int m = 0; m < kRows; ++m) {
-        values[m * a.capacity + value_at] = grade[m] >= a.sub[s].grade ? value[m] * a.sub[s].weight : 0.0f;
+    for (int s = 0; s < kSubs; ++s) {
+      const int at = a.slice_channels * s + __shfl_sync(~0u, base, s) + __popc(readers[s] & ((1u << lane) - 1));
+      if (most > s) {
+        // Row r of a slab in shared memory is row 16 * (r / 16) + 4 * (r % 4) + r / 4 % 4 of the operand.
+        const int value_at = (at & ~15) + at % 4 * 4 + at / 4 % 4;
+        entries[at] = c.index;
+#pragma unroll
+        for (int m = 0; m < kRows; ++m) values[m * a.capacity + value_at] = read[m] > s ? x[m] : 0.0f;
       }
     }
   }
@@ -243,151 +291,136 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
   }
   __syncthreads();
 
-  // Scale the coefficients to integers' range and pad both lists to whole slabs.
-  const int slabs_two = (count_two + kSlab - 1) / kSlab, slabs_one = kOneBit ? (count_one + kSlab - 1) / kSlab : 0;
-  const int slabs = slabs_two + slabs_one;
-  float unit[kRows];  // of an integer coefficient
+  // The slabs of a tile, numbered through its subplanes. A warp takes every k_warps-th, and goes on
+  // counting from tile to tile, so that the warps of a group get equal shares.
+  int end[kSubs];
 #pragma unroll
-  for (int m = 0; m < kRows; ++m) {
-    const float largest = __uint_as_float(bound_bits[m]) * a.sub[0].weight;
-    const float to_integer = largest > 1e-30f ? kLargest / largest : 0.0f;
-    unit[m] = largest / kLargest;
-    for (int i = threadIdx.x; i < slabs * kSlab; i += kWarps * 32) {
-      const bool is_two = i < slabs_two * kSlab;
-      const int at = is_two ? i : ones_at + i - slabs_two * kSlab;
-      const int value_at = (at & ~15) + at % 4 * 4 + at / 4 % 4;
-      const bool used = is_two ? at < count_two : at - ones_at < count_one;
-      if (!used) entries[at] = kPadding;
-      float& value = values[m * a.capacity + value_at];
-      value = used ? value * to_integer : 0.0f;
-    }
+  for (int s = 0; s < kSubs; ++s) end[s] = (s ? end[s - 1] : 0) + (count[s] + kSlab - 1) / kSlab;
+  const int slabs = end[kSubs - 1];
+  // Drawing tiles needs copies that run at most one tile ahead; with fewer slabs the stride is fixed. All
+  // blocks of a slice have the same list, so they agree.
+  const bool drawn = ticket && slabs >= (kStages - 1) * k_warps;
+  if (leader) {
+    tile_queue[group][1] = drawn ? workers + static_cast<int>(first_draw) : first_tile + workers;
+    if (ticket && !drawn && first_draw == static_cast<unsigned>(workers) - 1) *ticket = 0;
   }
-  __syncthreads();
-
-  // This warp's slabs: every k_warps-th of the tiles' slabs, one after the other.
-  const int tile_step = a.columns * groups, first_tile = column + group * a.columns;
+  meet();
+  struct Slab {
+    int sub, at;  // at: its first entry in its list
+  };
+  const auto find = [&](int slab) {
+    Slab found{0, slab};
+#pragma unroll
+    for (int s = 0; s + 1 < kSubs; ++s) {
+      if (slab >= end[s]) found = {s + 1, slab - end[s]};
+    }
+    found.at = found.at * kSlab + found.sub * a.slice_channels;
+    return found;
+  };
   std::uint8_t* ring = shared + warp * kStages * Layout::kStageBytes;
-  const std::uint32_t ring_address = ptx::shared_address(ring);
 
-  int load_tile = first_tile, load_slab = k_warp;
-  auto set_bases = [&] {
+  // Starts the copies of this warp's next slab: runs of 64 bytes swizzled so that reading them has no
+  // bank conflicts, and the channels' block scales.
+  const std::uint32_t run_to = ptx::shared_address(ring) + g * 64 + (t ^ (g / 2 % 2 * 2)) * 16;
+  const std::uint32_t scale_to = ptx::shared_address(ring) + Layout::kCodeBytes + lane * 2 * kBlocks;
+  int load_tile = slabs ? first_tile : a.tiles, load_slab = k_warp, load_turn = 0;
+  const auto load = [&](int stage) {
     while (load_slab >= slabs && load_tile < a.tiles) {
       load_slab -= slabs;
-      load_tile += tile_step;
-      if (slabs == 0) load_tile = a.tiles;
+      ++load_turn;
+      load_tile = drawn ? tile_queue[group][load_turn % 4] : load_tile + workers;
     }
-    __syncwarp();
-    if (lane < a.subs && load_tile < a.tiles) {
-      const Subplane& sub = a.sub[lane];
-      run_base[warp][lane] = reinterpret_cast<unsigned long long>(sub.runs) +
-                             static_cast<std::int64_t>(load_tile) * sub.channels * run_bytes(sub.width);
-    }
-    __syncwarp();
-  };
-  set_bases();
-  auto load = [&](int stage) {
     if (load_tile < a.tiles) {
-      const bool is_two = !kOneBit || load_slab < slabs_two;
-      const std::uint32_t* list = entries + (is_two ? load_slab * kSlab : ones_at + (load_slab - slabs_two) * kSlab);
-      const std::uint32_t to = ring_address + stage * Layout::kStageBytes;
-      if (is_two) {
+      const Slab slab = find(load_slab);
+      const int* list = entries + slab.at;
+      const Subplane& sub = a.sub[slab.sub];
+      const int mine = list[lane];
+      if (!kOneBit || !(a.one_bit >> slab.sub & 1)) {
+        int channel[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) channel[i] = list[g + 8 * i];
+        const std::uint8_t* runs = sub.runs + static_cast<std::int64_t>(load_tile) * sub.channels * 64 + t * 16;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int r = lane / 4 + 8 * i;
-          const std::uint32_t entry = list[r];
-          const std::uint8_t* from = reinterpret_cast<const std::uint8_t*>(run_base[warp][entry >> kSubplaneShift & 7]) +
-                                     static_cast<std::uint64_t>(entry & kChannelMask) * 64 + t * 16;
-          if (entry != kPadding) ptx::copy_async<16>(to + r * 64 + ((t ^ (r / 2 % 2 * 2)) * 16), from);
+          ptx::copy_async<16>(run_to + stage * Layout::kStageBytes + i * 512,
+                              runs + static_cast<std::uint64_t>(channel[i]) * 64);
         }
       } else {
+        const std::uint8_t* runs =
+            sub.runs + static_cast<std::int64_t>(load_tile) * sub.channels * 32 + lane % 2 * 16;
+        const std::uint32_t to = ptx::shared_address(ring) + stage * Layout::kStageBytes + lane * 16;
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int r = lane / 2 + 16 * i;
-          const std::uint32_t entry = list[r];
-          const std::uint8_t* from = reinterpret_cast<const std::uint8_t*>(run_base[warp][entry >> kSubplaneShift & 7]) +
-                                     static_cast<std::uint64_t>(entry & kChannelMask) * 32 + lane % 2 * 16;
-          if (entry != kPadding) ptx::copy_async<16>(to + r * 32 + lane % 2 * 16, from);
-        }
+        for (int i = 0; i < 2; ++i)
+          ptx::copy_async<16>(to + i * 512, runs + static_cast<std::uint64_t>(list[lane / 2 + 16 * i]) * 32);
       }
-      const std::uint32_t entry = list[lane];
-      const bool used = entry != kPadding;
-      const __half* from =
-          a.scale + (static_cast<std::int64_t>(load_tile) * a.k + (used ? entry & kChannelMask : 0)) * kBlocks;
-      ptx::copy_async<2 * kBlocks>(to + Layout::kCodeBytes + lane * 2 * kBlocks, from, used);
-      load_slab += a.k_warps;
-      if (load_slab >= slabs) set_bases();
+      const __half* scale = a.scale + static_cast<std::int64_t>(load_tile) * a.k * kBlocks;
+      ptx::copy_async<2 * kBlocks>(scale_to + stage * Layout::kStageBytes,
+                                   scale + static_cast<std::uint64_t>(mine) * kBlocks);
+      load_slab += k_warps;
     }
     ptx::commit_copies();
   };
+#pragma unroll 1
+  for (int i = 0; i < kStages - 1; ++i) load(i);
 
-  int sum[16][4];
-  int centre[Column::kOperands];
-  auto clear = [&] {
+  int sum[16][4], centre[Column::kOperands];
+  const auto clear = [&] {
 #pragma unroll
     for (int i = 0; i < 16; ++i) sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = 0;
 #pragma unroll
     for (int f = 0; f < Column::kOperands; ++f) centre[f] = 0;
   };
   clear();
-#pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) load(i);
-
   const int my_block = g / Column::kPerBlock % Column::kBlocksEach, my_row = g % Column::kPerBlock / 2;
-  const bool high_byte = g % 2;
-  const std::uint32_t pick = high_byte ? 0x51 : 0x40, flip = high_byte ? 0 : 0x80808080u;
+  const float first_weight = unit_weight(item(a.bits_of, 0));
+  const float largest = __uint_as_float(bound_bits[my_row]) * first_weight;
+  const float to_integer = largest > 1e-30f ? __fdividef(kLargest, largest) : 0.0f;
+  const std::uint32_t pick = g % 2 ? 0x51 : 0x40, flip = g % 2 ? 0 : 0x80808080u;
+  const float* my_values = values + my_row * a.capacity + t * 4;
+  const std::uint8_t* my_codes = ring + t * 64 + ((g / 2) ^ (t / 2 * 2)) * 16 + g % 2 * 8;
+  const __half* my_scales = reinterpret_cast<const __half*>(ring + Layout::kCodeBytes) + t * kBlocks + my_block;
 
-  int slab = k_warp, stage = 0;
-  for (int tile = first_tile; tile < a.tiles; tile += tile_step) {
-    for (; slab < slabs; slab += a.k_warps) {
+  int stage = 0, slab = k_warp, turn = 0;
+#pragma unroll 1
+  for (int tile = first_tile; tile < a.tiles;) {
+    const int later = leader && drawn ? workers + static_cast<int>(draw()) : 0;  // for the turn after the next
+#pragma unroll 1
+    for (; slab < slabs; slab += k_warps) {
+      const Slab now = find(slab);
+      const bool is_two = !kOneBit || !(a.one_bit >> now.sub & 1);
+      const float unit = to_integer * unit_weight(item(a.bits_of, now.sub));
       ptx::wait_copies<kStages - 2>();
       __syncwarp();
-      const bool is_two = !kOneBit || slab < slabs_two;
-      const std::uint32_t from = ring_address + stage * Layout::kStageBytes;
-      const int value_at = is_two ? slab * kSlab : ones_at + (slab - slabs_two) * kSlab;
 
-      // Code bits of this lane's 8 channels, transposed to one channel per byte.
-      std::uint32_t low[8], high[8];
-      const std::uint32_t swizzled = ((g / 2) ^ (t / 2 * 2)) * 16 + g % 2 * 8;
+      // Code bits of this lane's 8 channels.
+      std::uint32_t first[2][4], second[2][4];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        std::uint32_t first[4], second[4], out[4];
-        auto& to = h ? high : low;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int r = h * 16 + i * 4 + t;
           if (is_two) {
-            const uint2 v = ptx::load_shared_8(from + r * 64 + swizzled);
-            first[i] = v.x;
-            second[i] = v.y;
+            const uint2 v = *reinterpret_cast<const uint2*>(my_codes + stage * Layout::kStageBytes + (h * 16 + i * 4) * 64);
+            first[h][i] = v.x;
+            second[h][i] = v.y;
           } else {
-            first[i] = ptx::load_shared_4(from + r * 32 + g * 4);
+            first[h][i] = *reinterpret_cast<const std::uint32_t*>(ring + stage * Layout::kStageBytes +
+                                                                 (h * 16 + i * 4 + t) * 32 + g * 4);
           }
         }
-        transpose(first, out);
-        if (is_two) {
-          to[0] = out[0], to[1] = out[1], to[2] = out[2], to[3] = out[3];
-          transpose(second, out);
-          to[4] = out[0], to[5] = out[1], to[6] = out[2], to[7] = out[3];
-        } else {
-          // Two matrix tiles of rows share a byte pair: the odd bits' come second.
-          to[0] = out[0], to[1] = out[1], to[2] = out[0] >> 1, to[3] = out[1] >> 1;
-          to[4] = out[2], to[5] = out[3], to[6] = out[2] >> 1, to[7] = out[3] >> 1;
-        }
       }
-
-      // Coefficients: one column of each operand for this lane's 8 channels.
+      // Their coefficients: one column of each operand.
       std::uint32_t coefficient[Column::kOperands][2];
-      const __half* scale = reinterpret_cast<const __half*>(ring + stage * Layout::kStageBytes + Layout::kCodeBytes);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float4 v = *reinterpret_cast<const float4*>(values + my_row * a.capacity + value_at + h * 16 + t * 4);
-        const float value[4] = {v.x, v.y, v.z, v.w};
+        const float4 v = *reinterpret_cast<const float4*>(my_values + now.at + h * 16);
+        const float value[4] = {v.x * unit, v.y * unit, v.z * unit, v.w * unit};
 #pragma unroll
         for (int f = 0; f < Column::kOperands; ++f) {
           std::uint32_t q[4];
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const float s = __half2float(scale[(h * 16 + i * 4 + t) * kBlocks + f * Column::kBlocksEach + my_block]);
+            const float s = __half2float(my_scales[stage * (Layout::kStageBytes / 2) + (h * 16 + i * 4) * kBlocks +
+                                                   f * Column::kBlocksEach]);
             q[i] = __float_as_uint(fmaf(value[i], s, kToInteger + kCarry));
           }
           coefficient[f][h] =
@@ -395,98 +428,165 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
           centre[f] = __dp4a(static_cast<int>(coefficient[f][h]), is_two ? 0x03030303 : 0x01010101, centre[f]);
         }
       }
-      __syncwarp();
-      load(stage == 0 ? kStages - 1 : stage - 1);
+      load(stage == 0 ? kStages - 1 : stage - 1);  // the stage that was read one slab ago
 
-      const std::uint32_t mask = is_two ? 0x03030303u : 0x01010101u;
+      // One channel per byte; then each matrix tile's codes, masked in place. Masks that grow within a
+      // block save the last one: a tile's sum is the difference from the one before.
+      constexpr int kNested = 16 / kBlocks < 4 ? 16 / kBlocks : 4;
 #pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        const int p = i / 4 * 2, f = i / (16 / kBlocks) / Column::kBlocksEach;
-        const std::uint32_t bits = mask << (2 * (i % 4));
-        ptx::mma_u8_s8(sum[i], low[p] & bits, low[p + 1] & bits, high[p] & bits, high[p + 1] & bits,
-                       coefficient[f][0], coefficient[f][1]);
+      for (int p = 0; p < 4; ++p) {
+        std::uint32_t code[4];  // rows g and g + 8, channels of h = 0 and of h = 1
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const auto& w = is_two && p >= 2 ? second[h] : first[h];
+          const bool upper = is_two ? p % 2 : p / 2;  // bytes 2, 3 or 0, 1
+          const std::uint32_t ab = __byte_perm(w[0], w[1], upper ? 0x7362 : 0x5140);
+          const std::uint32_t cd = __byte_perm(w[2], w[3], upper ? 0x7362 : 0x5140);
+          const int shift = is_two ? 0 : p % 2;
+          code[2 * h] = __byte_perm(ab, cd, 0x5410) >> shift;
+          code[2 * h + 1] = __byte_perm(ab, cd, 0x7632) >> shift;
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int i = 4 * p + j, f = i / (16 / kBlocks) / Column::kBlocksEach;
+          std::uint32_t mask = 0;
+#pragma unroll
+          for (int b = j - j % kNested; b <= j; ++b) mask |= (is_two ? 0x03030303u : 0x01010101u) << (2 * b);
+          ptx::mma_u8_s8(sum[i], code[0] & mask, code[1] & mask, code[2] & mask, code[3] & mask, coefficient[f][0],
+                         coefficient[f][1]);
+        }
       }
       stage = stage + 1 == kStages ? 0 : stage + 1;
     }
     slab -= slabs;
-    if (slabs == 0) slab = 0;
 
-    // Registers -> shared memory: twice the centred sums, as integers.
-    int centred[Column::kOperands];
+    // Registers -> shared memory: twice the centred sums, as integers. A lane's two columns are the
+    // bytes of one row and block: it keeps the matrix tiles of that block.
+    constexpr int kTilesEach = 16 / kBlocks;
+    const int pair_block = 2 * t / Column::kPerBlock, pair_row = 2 * t % Column::kPerBlock / 2;
 #pragma unroll
     for (int f = 0; f < Column::kOperands; ++f) {
       int c = centre[f];
       c += __shfl_xor_sync(~0u, c, 1);
       c += __shfl_xor_sync(~0u, c, 2);  // lane 4 * column + any holds the column's
-      centred[f] = __shfl_sync(~0u, c, t * 8) + 256 * __shfl_sync(~0u, c, t * 8 + 4);
-    }
-    const int pair_block = 2 * t / Column::kPerBlock, pair_row = 2 * t % Column::kPerBlock / 2;
+      const int centred = __shfl_sync(~0u, c, t * 8) + 256 * __shfl_sync(~0u, c, t * 8 + 4);
+      int before[4];
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      const int block = i / (16 / kBlocks), f = block / Column::kBlocksEach;
-      if (pair_block == block % Column::kBlocksEach) {
+      for (int j = 0; j < kTilesEach; ++j) {
+        int kept[4], whole[4];
+        const bool exact = j % 4 == 0;  // not nested
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int lo = sum[i][2 * half] >> (2 * (i % 4)), hi = sum[i][2 * half + 1] >> (2 * (i % 4));
-          atomicAdd(&sums[pair_row * kTile + 16 * i + 8 * half + g], 2 * (256 * hi + lo) - centred[f]);
+        for (int e = 0; e < 4; ++e) {
+          kept[e] = sum[f * Column::kBlocksEach * kTilesEach + j][e];
+#pragma unroll
+          for (int b = 1; b < Column::kBlocksEach; ++b) {
+            if (pair_block == b) kept[e] = sum[(f * Column::kBlocksEach + b) * kTilesEach + j][e];
+          }
+          whole[e] = exact ? kept[e] : kept[e] - before[e];
+          before[e] = kept[e];
+        }
+        if (pair_block < Column::kBlocksEach) {
+          const int i = (f * Column::kBlocksEach + pair_block) * kTilesEach + j;
+          int* to = &sums[pair_row * kTile + 16 * i + g];
+          const int down = 2 * (i % 4);
+          const int upper = 2 * (256 * (whole[1] >> down) + (whole[0] >> down)) - centred;
+          const int lower = 2 * (256 * (whole[3] >> down) + (whole[2] >> down)) - centred;
+          if (k_warps == 1) {
+            to[0] = upper;
+            to[8] = lower;
+          } else {
+            atomicAdd(&to[0], upper);
+            atomicAdd(&to[8], lower);
+          }
         }
       }
     }
     clear();
+    if (leader && drawn) tile_queue[group][(turn + 2) % 4] = later;
     meet();
 
-    // Shared memory -> float32 of the slice, or the result where there is one slice only.
-    const int thread = threadIdx.x % group_threads, outputs = min(kTile, a.n - tile * kTile);
-    const std::int64_t row_stride = static_cast<std::int64_t>(a.tiles) * kTile;
-    for (int i = thread; i < kTile; i += group_threads) {
+    // Shared memory -> float32 of the slice, or the result where there is one slice only; four outputs a thread.
+    const int outputs = min(kTile, a.n - tile * kTile);
+    const std::int64_t slice_stride = static_cast<std::int64_t>(a.m) * a.tiles * kTile;
+    const auto finish = [&](int row, int first, const float4& sum_of_slices) {
+      const float total[4] = {sum_of_slices.x, sum_of_slices.y, sum_of_slices.z, sum_of_slices.w};
 #pragma unroll
-      for (int m = 0; m < kRows; ++m) {
-        const int whole = sums[m * kTile + i];
-        sums[m * kTile + i] = 0;
-        if (m >= rows || i >= outputs) continue;
-        const int output = tile * kTile + i, row = first_row + m;
-        float part = 0.5f * unit[m] * static_cast<float>(whole);
-        if (nonfinite >> m & 1) part += nonfinite_sum(a, slice, row, output);
-        if (a.slices > 1) {
-          __stcg(&a.partial[(static_cast<std::int64_t>(slice) * a.m + row) * row_stride + output], part);
-        } else {
-          float y = part * a.row_scale[output];
-          if (a.bias) y += load_number(a.bias, output, a.dtype);
-          store_number(a.y, static_cast<std::int64_t>(row) * a.n + output, a.dtype, y);
-        }
+      for (int e = 0; e < 4; ++e) {
+        if (first + e >= outputs) break;
+        const int output = tile * kTile + first + e;
+        float y = total[e] * a.row_scale[output];
+        if (a.bias) y += load_number(a.bias, output, a.dtype);
+        store_number(a.y, static_cast<std::int64_t>(row) * a.n + output, a.dtype, y);
+      }
+    };
+    const int first_output = (k_warp * 32 + lane) * 4;
+#pragma unroll 1
+    for (int i = first_output; i < rows * kTile; i += k_warps * 128) {
+      const int m = i / kTile, row = first_row + m;
+      const int4 whole = *reinterpret_cast<int4*>(&sums[i]);
+      *reinterpret_cast<int4*>(&sums[i]) = int4{};
+      const float unit = __uint_as_float(bound_bits[m]) * (0.5f / kLargest * first_weight);
+      float4 part{unit * whole.x, unit * whole.y, unit * whole.z, unit * whole.w};
+      if (nonfinite >> m & 1) {
+        const int output = tile * kTile + i % kTile;
+        part.x += nonfinite_sum(a, slice, row, output);
+        part.y += nonfinite_sum(a, slice, row, output + 1);
+        part.z += nonfinite_sum(a, slice, row, output + 2);
+        part.w += nonfinite_sum(a, slice, row, output + 3);
+      }
+      if (a.slices > 1) {
+        __stcg(reinterpret_cast<float4*>(a.partial + slice * slice_stride +
+                                         (static_cast<std::int64_t>(row) * a.tiles + tile) * kTile + i % kTile),
+               part);
+      } else {
+        finish(row, i % kTile, part);
       }
     }
     if (a.slices > 1) {
-      __threadfence();
       meet();
-      unsigned* arrivals = a.arrivals + blockIdx.y * a.tiles + tile;
-      if (thread == 0) last_arrival[group] = atomicAdd(arrivals, 1) == static_cast<unsigned>(a.slices - 1);
+      unsigned* arrivals = a.arrivals + blockIdx.z * a.tiles + tile;
+      // The barriers before and after carry the group's stores, and the others' stores to the group.
+      if (k_warp == 0 && lane == 0) last_arrival[group] = ptx::arrive(arrivals) == static_cast<unsigned>(a.slices - 1);
       meet();
       if (last_arrival[group]) {
-        __threadfence();
-        for (int i = thread; i < outputs; i += group_threads) {
-          const int output = tile * kTile + i;
-          const float row_scale = a.row_scale[output];
-          for (int m = 0; m < rows; ++m) {
-            const float* parts = a.partial + (first_row + m) * row_stride + output;
-            float total = 0;
-            for (int s = 0; s < a.slices; ++s) total += __ldcg(parts + s * a.m * row_stride);
-            float y = total * row_scale;
-            if (a.bias) y += load_number(a.bias, output, a.dtype);
-            store_number(a.y, static_cast<std::int64_t>(first_row + m) * a.n + output, a.dtype, y);
+        if (k_warp == 0 && lane == 0) *arrivals = 0;
+#pragma unroll 1
+        for (int i = first_output; i < rows * kTile; i += k_warps * 128) {
+          const int row = first_row + i / kTile;
+          const float* parts = a.partial + (static_cast<std::int64_t>(row) * a.tiles + tile) * kTile + i % kTile;
+          float4 total{};
+#pragma unroll 8
+          for (int s = 0; s < a.slices; ++s) {
+            const float4 part = __ldcg(reinterpret_cast<const float4*>(parts + s * slice_stride));
+            total.x += part.x;
+            total.y += part.y;
+            total.z += part.z;
+            total.w += part.w;
           }
+          finish(row, i % kTile, total);
         }
-        if (thread == 0) *arrivals = 0;
       }
     }
     meet();
+    ++turn;
+    tile = drawn ? tile_queue[group][turn % 4] : tile + workers;
   }
+}
+
+// Programmatic dependent launch exists from sm_90 on.
+bool overlap_launches() {
+  static const bool overlap = [] {
+    int device = 0, major = 0;
+    return cudaGetDevice(&device) == cudaSuccess &&
+           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+  }();
+  return overlap;
 }
 
 template <int kRows, int kBlocks, bool kOneBit, int kWarps, int kStages, int kResident>
 Status launch(const GemvArgs& a, cudaStream_t stream) {
   const auto kernel = gemv_kernel<kRows, kBlocks, kOneBit, kWarps, kStages, kResident>;
-  const int bytes = Shared<kRows, kBlocks, kWarps, kStages>::total(kWarps / a.k_warps, a.capacity);
+  const int bytes = Shared<kRows, kBlocks, kWarps, kStages>::total(kWarps >> a.k_warp_bits, a.capacity);
   // Per device and cheap; a block may use more than 48 KB only after this.
   cudaError_t failure = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (failure == cudaSuccess) {
@@ -494,12 +594,12 @@ Status launch(const GemvArgs& a, cudaStream_t stream) {
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(a.slices * a.columns, (a.m + kRows - 1) / kRows);
+    config.gridDim = dim3(a.slices, a.columns, (a.m + kRows - 1) / kRows);
     config.blockDim = dim3(kWarps * 32);
     config.dynamicSmemBytes = bytes;
     config.stream = stream;
     config.attrs = &overlap;
-    config.numAttrs = GRINQH_PDL;
+    config.numAttrs = overlap_launches() ? 1 : 0;
     failure = cudaLaunchKernelEx(&config, kernel, a);
   }
   if (failure != cudaSuccess) return error("grinqh gemv: %s", cudaGetErrorString(failure));
@@ -524,31 +624,61 @@ GemvArgs device_args(const GemvParams& p) {
   a.y = p.y;
   a.partial = p.partial;
   a.arrivals = p.arrivals;
-  a.planes = w.widths.count;
   a.dtype = p.dtype;
   a.m = static_cast<int>(p.m);
   a.n = static_cast<int>(w.n);
   a.k = static_cast<int>(w.k);
   a.tiles = static_cast<int>(tile_count(w.n));
-  int bits = 0, ones = 0;
+  int bits = 0;
   for (int plane = 0; plane < w.widths.count; ++plane) {
     const int width = sub_width(w.widths.width[plane]);
-    const std::int64_t size = a.tiles * w.channels[plane] * run_bytes(width);
+    const std::int64_t size = tile_count(w.n) * w.channels[plane] * run_bytes(width);
     for (int i = 0; i < sub_count(w.widths.width[plane]); ++i) {
       bits += width;
-      (width == 2 ? a.twos : ones) += 1;
-      a.sub[a.subs++] = {w.plane[plane] + i * size, static_cast<int>(w.channels[plane]), width, plane + 1,
-                         1.0f / static_cast<float>(1 << (bits - 1))};
+      a.sub[a.subs] = {w.plane[plane] + i * size, static_cast<int>(w.channels[plane]), width, run_bytes(width)};
+      a.grade_of |= static_cast<std::uint64_t>(plane + 1) << (4 * a.subs);
+      a.bits_of |= static_cast<std::uint64_t>(bits) << (4 * a.subs);
+      a.one_bit |= static_cast<unsigned>(width == 1) << a.subs;
+      ++a.subs;
     }
   }
   a.slices = p.plan.slices;
-  a.k_warps = p.plan.k_warps;
+  a.prefetch_channels = p.plan.prefetch ? a.k : 0;
+  a.tickets = p.plan.drawn ? p.arrivals + gemv_tile_counters(w.n, p.m) : nullptr;
+  while (1 << a.k_warp_bits < p.plan.k_warps) ++a.k_warp_bits;
   a.columns = p.plan.columns;
-  const int chunks = (a.k + kSlab - 1) / kSlab;
-  a.slice_channels = (chunks + a.slices - 1) / a.slices * kSlab;
-  const auto whole_slabs = [](int count) { return (count + kSlab - 1) / kSlab * kSlab; };
-  a.capacity = whole_slabs(a.slice_channels * a.twos) + whole_slabs(a.slice_channels * ones);
+  a.chunks = (a.k + kSlab - 1) / kSlab;
+  a.slice_channels = (a.chunks + a.slices - 1) / a.slices * kSlab;
+  a.capacity = a.slice_channels * a.subs;
   return a;
 }
+
+// The instances: rows of x at once, blocks per tile, whether a plane has 1 bit. One row fills the
+// GPU's registers with 16 warps of 128; more rows need more registers each.
+template <int kBlocks, bool kOneBit>
+Status launch_rows(const GemvArgs& a, cudaStream_t stream) {
+  if (a.m == 1) return launch<1, kBlocks, kOneBit, gemv_warps(1, kOneBit), 3, 1>(a, stream);
+  if (a.m == 2) return launch<2, kBlocks, kOneBit, gemv_warps(2, kOneBit), 4, 1>(a, stream);
+  return launch<4, kBlocks, kOneBit, gemv_warps(4, kOneBit), 4, 1>(a, stream);
+}
+
+template <int kBlocks>
+Status launch_planes(const GemvArgs& a, cudaStream_t stream) {
+  return a.one_bit ? launch_rows<kBlocks, true>(a, stream) : launch_rows<kBlocks, false>(a, stream);
+}
+
 }  // namespace
+
+Status gemv(const GemvParams& params, cudaStream_t stream) {
+  if (params.m == 0 || params.weight.n == 0) return {};
+  const GemvArgs args = device_args(params);
+  switch (params.weight.block) {
+    case 32: return launch_planes<8>(args, stream);
+    case 64: return launch_planes<4>(args, stream);
+    case 128: return launch_planes<2>(args, stream);
+    default: return error("grinqh gemv: block is %lld; 32, 64 and 128 are supported",
+                          static_cast<long long>(params.weight.block));
+  }
+}
+
 }  // namespace grinqh::cuda

@@ -6,17 +6,9 @@
 #include <cstdint>
 
 #include "grinqh/types.h"
+#include "plan.h"
 
 namespace grinqh::cuda {
-
-// How a GEMV is cut into blocks. It depends on the shape and the GPU only, never on the rows of x:
-// the split of K decides the order of the float32 sums, and a row's result must not know its batch.
-struct GemvPlan {
-  int slices = 1;     // parts of K; a block grades one of them
-  int k_warps = 1;    // warps of a block that share a tile; the others take other tiles
-  int columns = 1;    // blocks for each slice; each takes every columns-th group of tiles
-};
-GemvPlan plan_gemv(std::int64_t n, std::int64_t k, int multiprocessors);
 
 struct GemvParams {
   const void* x;          // [m][k]
@@ -29,11 +21,9 @@ struct GemvParams {
   const void* bias;          // [n] or null
   void* y;                   // out [m][n], contiguous
   float* partial;            // workspace of gemv_partial_count floats
-  unsigned* arrivals;        // gemv_arrival_count zeros; left zero
+  unsigned* arrivals;        // workspace of gemv_counter_count zeros; left zero
   GemvPlan plan;
 };
-std::int64_t gemv_partial_count(const GemvPlan& plan, std::int64_t n, std::int64_t m);
-std::int64_t gemv_arrival_count(std::int64_t n, std::int64_t m);
 Status gemv(const GemvParams& params, cudaStream_t stream);
 
 // Canonical order to tile order and back, one plane or the block scales at a time.

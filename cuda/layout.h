@@ -69,6 +69,12 @@ GRINQH_HOST_DEVICE constexpr int run_output(int byte, int shift, int sub_width) 
   return 16 * i + 8 * (byte % 2) + byte / 4;
 }
 
+// Where a tile's run of a channel begins, in bytes from the subplane's first.
+GRINQH_HOST_DEVICE constexpr std::int64_t run_offset(std::int64_t tile, std::int64_t channel, std::int64_t channels,
+                                                    int run) {
+  return (tile * channels + channel) * run;
+}
+
 // Bytes of one plane's tensor, and elements of the scales' tensor.
 GRINQH_HOST_DEVICE constexpr std::int64_t plane_bytes(std::int64_t n, std::int64_t channels, int width) {
   return sub_count(width) * tile_count(n) * channels * run_bytes(sub_width(width));
@@ -87,6 +93,6 @@ constexpr bool run_order_is_a_bijection(int sub_width) {
 }
 static_assert(run_order_is_a_bijection(1) && run_order_is_a_bijection(2));
 static_assert(run_bytes(2) == 64 && run_bytes(1) == 32 && tile_count(257) == 2);
-static_assert(plane_bytes(256, 3, 8) == 4 * 3 * 64 && plane_bytes(1, 3, 1) == 3 * 32);
+static_assert(plane_bytes(256, 3, 8) == 4 * 3 * 64 && plane_bytes(257, 3, 1) == 2 * 3 * 32);
 
 }  // namespace grinqh::cuda

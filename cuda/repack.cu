@@ -20,16 +20,16 @@ __global__ void repack_plane_kernel(const std::uint8_t* plane, std::int64_t n, s
                                     std::uint8_t* out) {
   const int sub = sub_width(width), run = run_bytes(sub);
   const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const std::int64_t tiles = tile_count(n), runs = sub_count(width) * tiles * channels;
-  if (index >= runs * run) return;
+  const std::int64_t tiles = tile_count(n);
+  if (index >= sub_count(width) * tiles * channels * run) return;
   const int byte = static_cast<int>(index % run);
   const std::int64_t channel = index / run % channels, tile = index / run / channels % tiles;
   const int part = static_cast<int>(index / run / channels / tiles);  // 0: the most significant subplane
-  const std::uint8_t* row = plane + channel * plane_row_bytes(n, width);
+  const std::uint8_t* codes = plane + channel * plane_row_bytes(n, width);
   unsigned packed = 0;
   for (int shift = 0; shift < 8; shift += sub) {
     const std::int64_t output = tile * kTile + run_output(byte, shift, sub);
-    if (output < n) packed |= canonical_bits(row, output, width, width - (part + 1) * sub, sub) << shift;
+    if (output < n) packed |= canonical_bits(codes, output, width, width - (part + 1) * sub, sub) << shift;
   }
   out[index] = static_cast<std::uint8_t>(packed);
 }
@@ -47,7 +47,8 @@ __global__ void unpack_plane_kernel(const std::uint8_t* tiles, std::int64_t n, s
     if (output >= n) continue;
     const RunPosition at = run_position(static_cast<int>(output % kTile), sub);
     for (int part = 0; part < sub_count(width); ++part) {
-      const std::int64_t from = ((part * tile_count(n) + output / kTile) * channels + channel) * run + at.byte;
+      const std::int64_t from = part * tile_count(n) * channels * run +
+                                run_offset(output / kTile, channel, channels, run) + at.byte;
       packed |= (tiles[from] >> at.shift & ((1u << sub) - 1)) << (bit + width - (part + 1) * sub);
     }
   }
