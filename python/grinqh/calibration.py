@@ -80,7 +80,7 @@ def calibrate(
     observed = _observe(model, layers, batches, gradients=sensitivity, progress=progress)
     seen = {name: statistics for name, statistics in observed.items() if statistics.rows > 0}
     for name in layers.keys() - seen.keys():
-        logger.warning("%s saw no token: it keeps reading everything (give calibrate more text)", name)
+        logger.warning("%s saw no token of the calibration data: it will read everything, whatever the dial says", name)
     if not seen:
         raise InputError("no packed layer saw a token of the calibration data")
     sensitivities = _sensitivities(seen) if sensitivity else dict.fromkeys(seen, 1.0)
@@ -197,6 +197,7 @@ def _observe(
     for name, seen in statistics.items():
         if any(grading.has_invalid(histogram) for histogram in seen.histograms.values()):
             raise InputError(f"{name} saw activations that are NaN or infinite on the calibration data")
+    for name, seen in statistics.items():
         if not math.isfinite(seen.gradient_square_sum):
             raise InputError(f"the gradients of {name} are NaN or infinite on the calibration data")
     return statistics
@@ -372,11 +373,7 @@ def _record_dial(
 
     for name, layer in layers.items():
         if name in units:
-            unit = units[name] * scale
-            dial = shares(name, unit, taus)
-        else:  # saw no token: thresholds of 0 read everything at any setting
-            unit = torch.zeros(layer.format.planes)
-            stored = torch.tensor([channels / layer.in_features for channels in layer.stored_channels])
-            dial = stored[:, None].expand(-1, len(taus)).contiguous()
-        layer.unit_thresholds.copy_(unit)
-        layer.dial.copy_(dial)
+            layer.unit_thresholds.copy_(units[name] * scale)
+            layer.dial.copy_(shares(name, units[name] * scale, taus))
+        else:
+            layer.dial.fill_(torch.nan)

@@ -7,6 +7,7 @@ turned into a tau by interpolation, and every layer's thresholds become `tau * u
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -43,14 +44,15 @@ def dial_table(model: nn.Module) -> DialTable:
     Raises:
         InputError: the model was not converted or not calibrated.
     """
-    layers = packed_layers(model)
-    _check_calibrated(layers)
+    layers = _calibrated(packed_layers(model))
     bits = {name: _layer_bits(layer) for name, layer in layers.items()}
     return DialTable(dial_taus(model_config(model)), _mean_bits(layers, bits), bits)
 
 
 def set_bits(model: nn.Module, read_bits: ReadBits, *, exact_budget: bool = False) -> None:
     """Sets how many bits per weight a token reads, in place and without recompilation.
+
+    Layers that no token of the calibration data reached have no dial: they read everything, and do not count.
 
     Args:
         model: a calibrated model.
@@ -65,27 +67,33 @@ def set_bits(model: nn.Module, read_bits: ReadBits, *, exact_budget: bool = Fals
         InputError: a value out of range, a pattern that matches nothing, or a model that is not calibrated; the
             dial is then unchanged.
     """
-    config, layers = model_config(model), packed_layers(model)
+    config, layers = model_config(model), _calibrated(packed_layers(model))
     check_read_bits(read_bits)
     if isinstance(read_bits, Mapping):
         check_patterns("read_bits", read_bits, layers)
         before = config.read_bits if isinstance(config.read_bits, Mapping) else {"*": config.read_bits}
         read_bits = {pattern: bits for pattern, bits in before.items() if pattern not in read_bits} | dict(read_bits)
-    _check_calibrated(layers)
     _turn(layers, dial_taus(config), read_bits, exact_budget)
     config.read_bits, config.exact_budget = read_bits, exact_budget
 
 
 def restore_dial(model: nn.Module) -> None:
-    """Sets the dial as the model's config records it; without calibration everything is read, with a warning."""
+    """Sets the dial of a newly loaded model as its config says; an uncalibrated one reads everything, with a warning."""
     config, layers = model_config(model), packed_layers(model)
     for layer in layers.values():
         layer.reset_buffers()
         layer.max_graded_rows = config.max_graded_rows
-    if all(layer.calibrated for layer in layers.values()):
-        _turn(layers, dial_taus(config), config.read_bits, config.exact_budget)
+    if any(layer.calibrated for layer in layers.values()):
+        _turn(_calibrated(layers), dial_taus(config), config.read_bits, config.exact_budget)
     else:
         logger.warning("the model is not calibrated: every token reads all stored bits (see grinqh.calibrate)")
+
+
+def _calibrated(layers: Mapping[str, GrinqhLinear]) -> dict[str, GrinqhLinear]:
+    calibrated = {name: layer for name, layer in layers.items() if layer.calibrated}
+    if not calibrated:
+        raise InputError("the model has no dial yet: call grinqh.calibrate(model, texts, tokenizer) first")
+    return calibrated
 
 
 def _turn(layers: Mapping[str, GrinqhLinear], taus: Tensor, read_bits: ReadBits, exact_budget: bool) -> None:
@@ -101,8 +109,8 @@ def _turn(layers: Mapping[str, GrinqhLinear], taus: Tensor, read_bits: ReadBits,
         layer = layers[name]
         # Not 0 * unit_thresholds: infinity is among them.
         layer.set_thresholds(layer.unit_thresholds * tau if tau > 0 else torch.zeros_like(layer.thresholds))
-        budget = np.interp(np.log2(tau), taus.log2(), bits[name]) if tau > 0 else layer.stored_bits
-        layer.set_budget(float(budget) if exact_budget else None)
+        read = _interpolate(math.log2(tau), taus.log2(), bits[name]) if tau > 0 else layer.stored_bits
+        layer.set_budget(read if exact_budget else None)
 
 
 def _tau(target: float, taus: Tensor, read_bits: Tensor, stored_bits: float) -> float:
@@ -111,7 +119,11 @@ def _tau(target: float, taus: Tensor, read_bits: Tensor, stored_bits: float) -> 
         return 0.0
     if target < read_bits[-1]:
         raise InputError(f"read_bits is {target}, must be at least {float(read_bits[-1]):.3g}, the least recorded")
-    return float(2.0 ** np.interp(target, read_bits.flip(0), taus.log2().flip(0)))
+    return 2.0 ** _interpolate(target, read_bits.flip(0), taus.log2().flip(0))
+
+
+def _interpolate(x: float, xs: Tensor, ys: Tensor) -> float:
+    return float(np.interp(x, xs.numpy(), ys.numpy()))
 
 
 def _layer_bits(layer: GrinqhLinear) -> Tensor:
@@ -122,9 +134,3 @@ def _layer_bits(layer: GrinqhLinear) -> Tensor:
 def _mean_bits(layers: Mapping[str, GrinqhLinear], bits: Mapping[str, Tensor]) -> Tensor:
     weights = torch.tensor([layer.weights for layer in layers.values()], dtype=torch.float64)
     return weights @ torch.stack([bits[name] for name in layers]) / weights.sum()
-
-
-def _check_calibrated(layers: Mapping[str, GrinqhLinear]) -> None:
-    for name, layer in layers.items():
-        if not layer.calibrated:
-            raise InputError(f"{name} has no dial yet: call grinqh.calibrate(model, texts, tokenizer) first")

@@ -96,8 +96,8 @@ def linear_layers(model: nn.Module, config: GrinqhConfig, *, check: bool = True)
     }
     if check and not chosen:
         raise InputError(
-            f"{type(model).__name__} has no layer to convert: of its {len(linears)} torch.nn.Linear, "
-            f"{len(linears)} are the head or named by modules_to_not_convert"
+            f"{type(model).__name__} has no layer to convert: its {len(linears)} layers of type torch.nn.Linear "
+            "are all the head or named by modules_to_not_convert"
         )
     return chosen
 

@@ -1,0 +1,231 @@
+"""quantize_model: what it converts, what it leaves alone, what it refuses; and what can be asked of a packed model."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import calibrated, logits, qwen3, tiny_model, token_ids
+from torch import Tensor, nn
+
+import grinqh
+from grinqh import GrinqhConfig, GrinqhLinear, InputError
+from grinqh.model import model_config
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 12)
+        self.down = nn.Linear(12, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(x))
+
+
+class Experts(nn.Module):
+    """A mixture's experts as one parameter, which no conversion of nn.Linear finds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(8, 2)
+        self.gate_up_proj = nn.Parameter(torch.zeros(2, 8, 24))
+
+
+def packed_names(model: nn.Module) -> set[str]:
+    return set(grinqh.packed_layers(model))
+
+
+@pytest.mark.parametrize("make", [tiny_model, qwen3])
+def test_every_linear_layer_but_the_head_is_converted(make: Any) -> None:
+    model = make()
+    exact = logits(model)
+    assert grinqh.quantize_model(model) is model
+    kinds = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
+    assert packed_names(model) == {f"model.layers.{i}.{kind}" for i in (0, 1) for kind in kinds}
+    assert (logits(model) - exact).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_is_converted_on_demand_and_a_tied_one_leaves_the_embeddings(tied: bool) -> None:
+    model = tiny_model(tied=tied)
+    embeddings, exact = model.get_input_embeddings().weight.clone(), logits(model)
+    grinqh.quantize_model(model, GrinqhConfig(convert_lm_head=True))
+    assert isinstance(model.lm_head, GrinqhLinear)
+    assert torch.equal(model.get_input_embeddings().weight, embeddings)
+    assert (logits(model) - exact).abs().max() < 0.02
+    model.tie_weights()
+    assert isinstance(model.lm_head, GrinqhLinear)
+
+
+def test_weights_shared_outside_transformers_are_left_alone() -> None:
+    embedding, head = nn.Embedding(10, 8), nn.Linear(8, 10, bias=False)
+    head.weight = embedding.weight
+    model = nn.Sequential(embedding, Block(), head)
+    grinqh.quantize_model(model)
+    assert packed_names(model) == {"1.up", "1.down"}
+
+
+def test_a_layer_with_two_names_stays_one_layer() -> None:
+    block = Block()
+    model = nn.ModuleDict({"first": block, "again": block, "other": Block()})
+    grinqh.quantize_model(model)
+    assert model["first"].up is model["again"].up
+    assert len(packed_names(model)) == 4
+
+
+def test_biases_and_devices_and_training_mode_are_kept() -> None:
+    model = Block().train()
+    model.down.eval()
+    bias = model.up.bias
+    grinqh.quantize_model(model)
+    assert torch.equal(model.up.bias, bias)
+    assert model.up.training
+    assert not model.down.training
+
+
+def test_patterns_leave_layers_alone_and_change_their_format() -> None:
+    config = GrinqhConfig(
+        plane_widths=(2, 2, 2, 2),
+        modules_to_not_convert=["o_proj", "layers.0.mlp.*"],
+        overrides={"down_proj": {"plane_widths": (4, 4), "block": 32}},
+    )
+    model = grinqh.quantize_model(tiny_model(), config)
+    assert len(packed_names(model)) == 14 - 2 - 3
+    assert model.model.layers[1].mlp.down_proj.format == grinqh.LayerFormat((4, 4), 32)
+    assert model.model.layers[1].mlp.up_proj.format == grinqh.LayerFormat((2, 2, 2, 2), 64)
+
+
+@pytest.mark.parametrize("setting", [{"modules_to_not_convert": ["o_prj"]}, {"overrides": {"o_prj": {"block": 32}}}])
+def test_a_pattern_that_matches_nothing_is_refused(setting: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"{next(iter(setting))}: the pattern 'o_prj' matches none of the model's 15"):
+        grinqh.quantize_model(tiny_model(), GrinqhConfig(**setting))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("tensor", ["up.weight", "up.bias"])
+def test_weights_that_are_not_finite_are_refused_by_name_and_nothing_is_converted(tensor: str, bad: float) -> None:
+    model = nn.Sequential(Block(), Block())
+    with torch.no_grad():
+        model[1].get_parameter(tensor).view(-1)[3] = bad
+    with pytest.raises(InputError, match=f"1.{tensor} holds"):
+        grinqh.quantize_model(model)
+    assert not any(isinstance(module, GrinqhLinear) for module in model.modules())
+
+
+def test_a_skeleton_without_data_is_refused() -> None:
+    with torch.device("meta"):
+        model = Block()
+    with pytest.raises(InputError, match=r"up\.weight is on the meta device"):
+        grinqh.quantize_model(model)
+
+
+def test_a_model_without_anything_to_convert_is_refused() -> None:
+    with pytest.raises(InputError, match="has no layer to convert"):
+        grinqh.quantize_model(nn.Sequential(nn.LayerNorm(4)))
+    with pytest.raises(InputError, match="has no layer to convert: its 2 layers"):
+        grinqh.quantize_model(Block(), GrinqhConfig(modules_to_not_convert=["*"]))
+    model = grinqh.quantize_model(Block())
+    with pytest.raises(InputError, match="has no layer to convert"):
+        grinqh.quantize_model(model)
+
+
+def test_stacked_experts_are_named_in_a_warning() -> None:
+    model = nn.ModuleList([Experts(), Experts()])
+    with pytest.warns(UserWarning, match=r"full precision.*: \*?\.?.*gate_up_proj \(.*384 values\)"):
+        grinqh.quantize_model(model)
+    assert packed_names(model) == {"0.router", "1.router"}
+
+
+def test_embeddings_norms_and_convolutions_need_no_warning() -> None:
+    # Warnings are errors here.
+    grinqh.quantize_model(nn.ModuleList([nn.Embedding(4, 4), nn.Conv1d(2, 2, 3), nn.LayerNorm(4), Block()]))
+
+
+def test_every_layer_is_logged_with_its_error_at_each_grade(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="grinqh.model"):
+        grinqh.quantize_model(Block())
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == ["up", "down"]
+    assert "at 0 bits 100.00%, 2 bits" in caplog.text
+
+
+def test_the_config_is_found_again_and_missing_in_an_unconverted_model() -> None:
+    config = GrinqhConfig(block=32)
+    assert model_config(grinqh.quantize_model(tiny_model(), config)) is config
+    assert model_config(grinqh.quantize_model(Block(), config)) is config
+    with pytest.raises(InputError, match="Block records no GrinqhConfig"):
+        model_config(Block())
+    with pytest.raises(InputError, match="Block has no packed layers"):
+        grinqh.packed_layers(Block())
+
+
+def test_sizes_count_planes_scales_and_tables() -> None:
+    model = grinqh.quantize_model(
+        nn.Sequential(nn.Linear(10, 100, bias=False)), GrinqhConfig(plane_widths=(2, 2, 2, 2))
+    )
+    assert grinqh.stored_bits(model) == 8
+    planes, block_scale, row_scale, order_and_weight = 4 * 10 * 25, 10 * 2 * 2, 100 * 4, 2 * 10 * 4
+    gain_and_thresholds, error, dial = 2 * 4 * 4, 5 * 4, 4 * 64 * 4
+    expected = planes + block_scale + row_scale + order_and_weight + gain_and_thresholds + error + dial
+    assert grinqh.packed_bytes(model) == expected
+
+
+def test_graded_grades_every_row_of_a_window_and_ends() -> None:
+    model = calibrated()
+    grinqh.set_bits(model, 2)
+    ids = token_ids(1, 40)
+    full = logits(model, ids)
+    with grinqh.graded(model):
+        graded = logits(model, ids)
+    assert torch.equal(logits(model, ids), full)
+    assert not torch.equal(graded, full)
+    with pytest.raises(RuntimeError, match="stop"), grinqh.graded(model):
+        raise RuntimeError("stop")
+    assert torch.equal(logits(model, ids), full)
+
+
+def test_a_graded_window_reads_what_decoding_token_by_token_reads() -> None:
+    model = calibrated()
+    grinqh.set_bits(model, 3)
+    ids = token_ids(1, 20)
+    with grinqh.graded(model):
+        window = logits(model, ids)
+    cache, steps = None, []
+    for token in ids[0]:
+        with torch.no_grad():
+            output = model(token.view(1, 1), past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        steps.append(output.logits[0, 0])
+    torch.testing.assert_close(torch.stack(steps), window[0], atol=1e-4, rtol=1e-4)
+
+
+def test_read_stats_count_between_switching_on_and_reset() -> None:
+    model = calibrated()
+    grinqh.set_bits(model, 8)
+    logits(model, token_ids(1, 5))
+    with pytest.raises(InputError, match="no rows were counted"):
+        grinqh.read_stats(model)
+    grinqh.count_reads(model)
+    logits(model, token_ids(1, 5))
+    stats = grinqh.read_stats(model)
+    assert stats.read_bits == 8
+    assert stats.layers.keys() == packed_names(model)
+    grinqh.reset_read_stats(model)
+    grinqh.count_reads(model, False)
+    logits(model, token_ids(1, 5))
+    with pytest.raises(InputError, match="no rows were counted"):
+        grinqh.read_stats(model)
+
+
+def test_the_model_s_read_bits_are_the_mean_over_weights_of_the_layers() -> None:
+    model = calibrated()
+    grinqh.set_bits(model, 3)
+    grinqh.count_reads(model)
+    logits(model, token_ids(1, 9))
+    stats = grinqh.read_stats(model)
+    layers = grinqh.packed_layers(model)
+    total = sum(stats.layers[name] * layer.weights for name, layer in layers.items())
+    assert stats.read_bits == pytest.approx(total / sum(layer.weights for layer in layers.values()))
+    assert len({round(bits, 3) for bits in stats.layers.values()}) > 1

@@ -1,0 +1,57 @@
+"""Tiny language models with random weights, and token ids for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
+
+import grinqh
+
+VOCABULARY = 256
+
+
+def tiny_model(
+    config: type[PretrainedConfig] = LlamaConfig,
+    tied: bool = False,
+    dtype: torch.dtype = torch.float32,
+    **settings: Any,
+) -> Any:
+    """14 layers to convert: q, k, v, o, gate, up and down of two blocks, without biases."""
+    torch.manual_seed(0)
+    settings = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": tied,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    } | settings
+    return AutoModelForCausalLM.from_config(config(**settings), dtype=dtype).eval()
+
+
+def qwen3(**settings: Any) -> Any:
+    return tiny_model(Qwen3Config, **settings)
+
+
+def token_ids(rows: int = 4, length: int = 64, seed: int = 1) -> Tensor:
+    return torch.randint(1, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def calibrated(model: Any | None = None, config: grinqh.GrinqhConfig | None = None, **arguments: Any) -> Any:
+    """A converted and calibrated model."""
+    model = grinqh.quantize_model(tiny_model() if model is None else model, config, progress=False)
+    grinqh.calibrate(model, token_ids(), progress=False, **arguments)
+    return model
+
+
+def logits(model: Any, ids: Tensor | None = None) -> Tensor:
+    with torch.no_grad():
+        return model(token_ids(2, 9) if ids is None else ids).logits
