@@ -78,7 +78,7 @@ def set_bits(model: nn.Module, read_bits: ReadBits, *, exact_budget: bool = Fals
 
 
 def restore_dial(model: nn.Module) -> None:
-    """Sets the dial of a newly loaded model as its config says; an uncalibrated one reads everything, with a warning."""
+    """Sets the dial of a newly loaded model as its config says; without calibration, everything is read."""
     config, layers = model_config(model), packed_layers(model)
     for layer in layers.values():
         layer.reset_buffers()
