@@ -22,8 +22,9 @@ from grinqh.config import QUANT_METHOD, GrinqhConfig
 from grinqh.dial import restore_dial
 from grinqh.errors import InputError
 from grinqh.linear import GrinqhLinear
-from grinqh.model import linear_layers, packed_layers, quantize_model
+from grinqh.model import linear_layers, packed_layers
 from grinqh.packing import TensorSpec
+from grinqh.streaming import expect_weights, pack_rest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,7 +33,7 @@ LayerSpecs = dict[str, TensorSpec]
 
 
 class GrinqhQuantizer(HfQuantizer):
-    """Loads converted models; converts others once they are loaded."""
+    """Loads converted models; converts others while they are loaded."""
 
     requires_calibration = False
     quantization_config: GrinqhConfig
@@ -44,9 +45,10 @@ class GrinqhQuantizer(HfQuantizer):
 
         The loader itself would only report a missing tensor, and leave random weights in its place.
         """
-        if not self.pre_quantized:
-            return
         config = self.quantization_config
+        if not self.pre_quantized:
+            expect_weights(model, config)
+            return
         layers = linear_layers(model, config, check=False)
         found = _find_packed(model, layers, _read_checkpoint(checkpoint_files))
         for name, linear in layers.items():
@@ -68,7 +70,7 @@ class GrinqhQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         config = self.quantization_config
         if not self.pre_quantized:
-            quantize_model(model, config)
+            pack_rest(model, config)
             return
         for name, layer in packed_layers(model).items():
             packing.check_values(name, layer.tensors)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from grinqh import packing
@@ -55,16 +55,16 @@ def quantize_model(model: Model, config: GrinqhConfig | None = None, *, progress
         packing.check_weight(f"{name}.weight", linear.weight)
         if linear.bias is not None and not torch.isfinite(linear.bias).all():
             raise InputError(f"{name}.bias holds NaN or infinity, must be finite")
-    _warn_of_unconverted(model, layers)
+    warn_of_unconverted(model, layers)
 
     converted: dict[int, GrinqhLinear] = {}
-    names = list(layers)
-    for name in tqdm(names, desc="quantize", unit="layer", file=sys.stderr, disable=None if progress else True):
+    for name in tqdm(list(layers), desc="quantize", unit="layer", file=sys.stderr, disable=None if progress else True):
         linear = layers.pop(name)
         if id(linear) not in converted:  # else: a layer that the model uses under several names
-            converted[id(linear)] = _quantize_layer(name, linear, config)
+            tensors = pack_weight(name, linear.weight, config)
+            converted[id(linear)] = packed_layer(name, linear, tensors, config, linear.weight.device)
         model.set_submodule(name, converted[id(linear)])
-    _record(model, config, names)
+    record_config(model, config)
     return model
 
 
@@ -88,7 +88,7 @@ def linear_layers(model: nn.Module, config: GrinqhConfig, *, check: bool = True)
     if check:
         check_patterns("modules_to_not_convert", config.modules_to_not_convert or [], linears)
         check_patterns("overrides", config.overrides, linears)
-    left_alone = set() if config.convert_lm_head else _heads(model)
+    left_alone = set() if config.convert_lm_head else output_heads(model)
     chosen = {
         name: module
         for name, module in linears.items()
@@ -196,13 +196,20 @@ def reset_read_stats(model: nn.Module) -> None:
         layer.read_total.zero_()
 
 
-def _quantize_layer(name: str, linear: nn.Linear, config: GrinqhConfig) -> GrinqhLinear:
-    format = config.format(name)
-    points = int(config.dial_grid[2])
-    tensors = packing.pack_weight(linear.weight, format, name=f"{name}.weight", dial_points=points)
+def pack_weight(name: str, weight: Tensor, config: GrinqhConfig) -> packing.PackedTensors:
+    """The tensors of the layer of that name, without its bias, on the CPU."""
+    format, points = config.format(name), int(config.dial_grid[2])
+    return packing.pack_weight(weight, format, name=f"{name}.weight", dial_points=points)
+
+
+def packed_layer(
+    name: str, linear: nn.Linear, tensors: packing.PackedTensors, config: GrinqhConfig, device: torch.device
+) -> GrinqhLinear:
+    """The packed layer that takes a linear layer's place; what each grade loses is logged."""
     if linear.bias is not None:
         tensors["bias"] = linear.bias
-    layer = GrinqhLinear(tensors, format, config.max_graded_rows).to(linear.weight.device)
+    format = config.format(name)
+    layer = GrinqhLinear(tensors, format, config.max_graded_rows).to(device)
     layer.train(linear.training)
     if logger.isEnabledFor(logging.INFO):
         loss = (layer.error / layer.error[0]).sqrt().tolist()
@@ -211,7 +218,7 @@ def _quantize_layer(name: str, linear: nn.Linear, config: GrinqhConfig) -> Grinq
     return layer
 
 
-def _heads(model: nn.Module) -> set[str]:
+def output_heads(model: nn.Module) -> set[str]:
     """Names of the output head and of linear layers that share their weight with another module."""
     find = getattr(model, "get_output_embeddings", None)
     head = find() if find else None
@@ -230,7 +237,7 @@ def _heads(model: nn.Module) -> set[str]:
     return heads
 
 
-def _warn_of_unconverted(model: nn.Module, layers: dict[str, nn.Linear]) -> None:
+def warn_of_unconverted(model: nn.Module, layers: dict[str, nn.Linear]) -> None:
     """Names the matrices and stacks of matrices (the experts of a mixture, say) that stay as they are.
 
     Linear layers that the config leaves alone, embeddings and convolutions are not meant.
@@ -247,7 +254,7 @@ def _warn_of_unconverted(model: nn.Module, layers: dict[str, nn.Linear]) -> None
         warnings.warn(f"left in full precision, only torch.nn.Linear is converted: {listed}", stacklevel=3)
 
 
-def _record(model: nn.Module, config: GrinqhConfig, names: list[str]) -> None:
+def record_config(model: nn.Module, config: GrinqhConfig) -> None:
     """Leaves the config where `model_config` and `save_pretrained` find it."""
     hf_config: Any = getattr(model, "config", None)
     if hf_config is None or not hasattr(hf_config, "save_pretrained"):

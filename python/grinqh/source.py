@@ -112,11 +112,16 @@ class Source:
 
         model: PreTrainedModel
         try:
-            model = AutoModelForCausalLM.from_pretrained(self.path, **options)
+            model, loading = AutoModelForCausalLM.from_pretrained(self.path, output_loading_info=True, **options)
         except InputError:
             raise
         except Exception as error:  # unknown architectures, missing tensors: transformers has many ways to say so
             raise InputError(f"cannot load {self.path}: {error}") from error
+        missing = sorted(loading["missing_keys"])
+        if missing:  # transformers has put random numbers in their place
+            raise InputError(
+                f"the weight files in {self.path} lack {len(missing)} of the model's tensors: {missing[0]}"
+            )
         return model
 
 

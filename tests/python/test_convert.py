@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import grinqh
 from grinqh import convert as conversion
+from grinqh import model, streaming
 from grinqh.convert import convert
 from grinqh.source import Source
 
@@ -328,3 +330,41 @@ def test_the_recorded_config_is_the_one_asked_for(source: Path, text: Path, tmp_
     assert (recorded["block"], recorded["read_bits"]) == (32, 2.5)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert isinstance(model.model.layers[0].mlp.down_proj, torch.nn.Linear)
+
+
+def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
+    folder = make_source(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.norm.weight"):
+        fewer = {key: tensor for key, tensor in tensors.items() if key != name}
+        save_file(fewer, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(grinqh.InputError, match=name):
+            convert(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("convert_lm_head", [False, True])
+def test_packing_while_loading_gives_what_packing_a_loaded_model_gives(tmp_path: Path, convert_lm_head: bool) -> None:
+    folder = make_source(tmp_path / "model", shards=True)
+    config = grinqh.GrinqhConfig(convert_lm_head=convert_lm_head, modules_to_not_convert=["k_proj"])
+    loaded = grinqh.quantize_model(AutoModelForCausalLM.from_pretrained(folder), config, progress=False)
+    streamed = Source(folder).load_quantized(config)
+    ours, theirs = streamed.state_dict(), loaded.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours if not name.endswith(".dial"))
+    assert type(streamed.model.layers[0].self_attn.k_proj) is torch.nn.Linear
+
+
+def test_one_weight_at_a_time_is_at_full_precision_while_loading(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[Any]] = []
+    most = []
+
+    def watch(name: str, weight: torch.Tensor, *options: Any) -> Any:
+        alive.append(weakref.ref(weight.untyped_storage()))
+        most.append(sum(storage() is not None for storage in alive))
+        return pack_weight(name, weight, *options)
+
+    pack_weight = model.pack_weight
+    monkeypatch.setattr(streaming, "pack_weight", watch)
+    Source(source).load_quantized(grinqh.GrinqhConfig())
+    assert len(most) == 14
+    assert max(most) == 1
