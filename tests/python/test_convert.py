@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_gguf import make_gguf
 from tiny_source import make_source, make_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grinqh
 from grinqh import convert as conversion
@@ -303,14 +304,24 @@ def write_gguf(path: Path) -> bytes:
     return path.read_bytes()
 
 
+def test_a_gguf_file_converts_as_the_folder_of_the_same_model(text: Path, converted: Path, tmp_path: Path) -> None:
+    convert(make_gguf(tmp_path / "tiny.gguf"), tmp_path / "out", calibration=text)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", converted))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer(TEXT).input_ids == make_tokenizer()(TEXT).input_ids
+
+
 def test_an_unreadable_gguf_file_is_refused(tmp_path: Path) -> None:
-    whole = write_gguf(tmp_path / "whole.gguf")
+    whole = make_gguf(tmp_path / "whole.gguf").read_bytes()
+    foreign = write_gguf(tmp_path / "foreign.gguf")
     file = tmp_path / "model.gguf"
-    for content in (b"", b"NOPE" + whole[4:], b"GGUF" + b"\xff" * 64, whole[: len(whole) // 2], whole[:30], whole):
+    for content in (b"", b"NOPE" + whole[4:], b"GGUF" + b"\xff" * 64, whole[: len(whole) // 2], whole[:30], foreign):
         file.write_bytes(content)
         with pytest.raises(grinqh.InputError, match=r"cannot read GGUF file .*model\.gguf"):
             convert(file, tmp_path / "out")
-    assert left_in(tmp_path) == {"whole.gguf", "model.gguf"}
+    assert left_in(tmp_path) == {"whole.gguf", "foreign.gguf", "model.gguf"}
 
 
 def test_a_missing_package_for_gguf_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

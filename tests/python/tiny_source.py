@@ -8,16 +8,16 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 BOS, EOS = "<s>", "</s>"
-VOCABULARY = len(BYTES) + 2
+# One token for each byte, and one merged from two.
+TOKENS = [BOS, EOS, *sorted(pre_tokenizers.ByteLevel.alphabet()), "th"]
+MERGES = [("t", "h")]
 CHAT_TEMPLATE = "{% for message in messages %}Q: {{ message['content'] }}\nA:{% endfor %}"
 
 
 def make_tokenizer(*, adds_bos: bool = False) -> PreTrainedTokenizerFast:
-    """One token for each byte."""
-    ids = {token: i for i, token in enumerate([BOS, EOS, *BYTES])}
-    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[]))
+    """A tokenizer of bytes."""
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(TOKENS)}, merges=MERGES))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     if adds_bos:
@@ -36,7 +36,7 @@ def make_model(*, tied: bool = True, seed: int = 0) -> LlamaForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        vocab_size=VOCABULARY,
+        vocab_size=len(TOKENS),
         max_position_embeddings=512,
         tie_word_embeddings=tied,
         bos_token_id=0,
