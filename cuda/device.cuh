@@ -1,4 +1,4 @@
-// What several kernels share: numbers of a run-time type, and the grade of a channel.
+// What several kernels share: numbers of a run-time type, and thresholds.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -25,15 +25,14 @@ __device__ __forceinline__ void store_number(void* to, std::int64_t i, Dtype dty
   }
 }
 
-// The number of thresholds at or below the importance, at most `stored`. A NaN takes the last grade, so
-// that it reaches the result as it would in a dense product.
-__device__ __forceinline__ int grade_of(float x, float weight, const float* thresholds, float factor, int planes,
-                                        int stored) {
-  const float importance = fabsf(x) * weight;
-  int grade = 0;
-  for (int i = 0; i < planes; ++i) grade += thresholds[i] * factor <= importance;
-  if (x != x) grade = planes;
-  return min(grade, stored);
+// A threshold scaled to a row's budget; an infinite one stays so for every factor, 0 included.
+__device__ __forceinline__ float scaled_threshold(float threshold, float factor) {
+  return isinf(threshold) ? threshold : threshold * factor;
+}
+
+inline Status launched(const char* what) {
+  const cudaError_t failure = cudaGetLastError();
+  return failure == cudaSuccess ? Status{} : error("%s: %s", what, cudaGetErrorString(failure));
 }
 
 }  // namespace grinqh::cuda

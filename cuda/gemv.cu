@@ -16,7 +16,7 @@
 //   -> the last block to arrive at a tile adds the slices in their order.
 #include <cuda_fp16.h>
 
-#include <climits>
+#include <atomic>
 
 #include "device.cuh"
 #include "kernels.h"
@@ -65,6 +65,7 @@ struct GemvArgs {
   std::uint64_t bits_of;   // by subplane: bits down to it
   unsigned one_bit;        // by subplane, one bit: it has 1 bit
   int subs;
+  int overlap;            // 1: programmatic dependent launch
   int prefetch_channels;  // channels whose first subplane is fetched to L2 before x is known
   Dtype dtype;
   int m, n, k, tiles;
@@ -93,16 +94,6 @@ struct Shared {
     return values(groups, capacity) + kRows * capacity * 4;
   }
 };
-
-// Byte transpose: out[b] holds byte b of w[0..3].
-__device__ __forceinline__ void transpose(const std::uint32_t (&w)[4], std::uint32_t (&out)[4]) {
-  const std::uint32_t a = __byte_perm(w[0], w[1], 0x5140), b = __byte_perm(w[2], w[3], 0x5140);
-  const std::uint32_t c = __byte_perm(w[0], w[1], 0x7362), d = __byte_perm(w[2], w[3], 0x7362);
-  out[0] = __byte_perm(a, b, 0x5410);
-  out[1] = __byte_perm(a, b, 0x7632);
-  out[2] = __byte_perm(c, d, 0x5410);
-  out[3] = __byte_perm(c, d, 0x7632);
-}
 
 template <int kRows, int kBlocks>
 struct Columns {
@@ -250,7 +241,8 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
 #pragma unroll
       for (int s = 0; s < kSubs; ++s) {
         // A NaN is read in full, so that it reaches the result as in a dense product.
-        const bool reads = (s < c.stored) & (m < rows) & !(importance < threshold[s] * factor);
+        const bool below = importance < scaled_threshold(threshold[s], factor);
+        const bool reads = (s < c.stored) & (m < rows) & !below;
         read[m] = reads ? s + 1 : read[m];
         chosen = reads ? gain[s] : chosen;
       }
@@ -573,22 +565,25 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
   }
 }
 
-// Programmatic dependent launch exists from sm_90 on.
-bool overlap_launches() {
-  static const bool overlap = [] {
-    int device = 0, major = 0;
-    return cudaGetDevice(&device) == cudaSuccess &&
-           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
-  }();
-  return overlap;
-}
-
 template <int kRows, int kBlocks, bool kOneBit, int kWarps, int kStages, int kResident>
 Status launch(const GemvArgs& a, cudaStream_t stream) {
   const auto kernel = gemv_kernel<kRows, kBlocks, kOneBit, kWarps, kStages, kResident>;
   const int bytes = Shared<kRows, kBlocks, kWarps, kStages>::total(kWarps >> a.k_warp_bits, a.capacity);
-  // Per device and cheap; a block may use more than 48 KB only after this.
-  cudaError_t failure = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  static std::atomic<std::uint64_t> prepared[4];  // a bit for each device
+  int device = 0;
+  cudaError_t failure = cudaGetDevice(&device);
+  const std::uint64_t bit = std::uint64_t{1} << (device % 64);
+  if (failure == cudaSuccess && !(prepared[device / 64 % 4] & bit)) {
+    // A block may use more than 48 KB of shared memory only after this.
+    int most = 0;
+    failure = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    cudaFuncAttributes attributes{};
+    if (failure == cudaSuccess) failure = cudaFuncGetAttributes(&attributes, kernel);
+    if (failure == cudaSuccess)
+      failure = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     most - static_cast<int>(attributes.sharedSizeBytes));
+    if (failure == cudaSuccess) prepared[device / 64 % 4] |= bit;
+  }
   if (failure == cudaSuccess) {
     cudaLaunchAttribute overlap{};
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -599,7 +594,7 @@ Status launch(const GemvArgs& a, cudaStream_t stream) {
     config.dynamicSmemBytes = bytes;
     config.stream = stream;
     config.attrs = &overlap;
-    config.numAttrs = overlap_launches() ? 1 : 0;
+    config.numAttrs = a.overlap;
     failure = cudaLaunchKernelEx(&config, kernel, a);
   }
   if (failure != cudaSuccess) return error("grinqh gemv: %s", cudaGetErrorString(failure));
@@ -644,6 +639,7 @@ GemvArgs device_args(const GemvParams& p) {
   }
   a.slices = p.plan.slices;
   a.prefetch_channels = p.plan.prefetch ? a.k : 0;
+  a.overlap = p.overlap ? 1 : 0;
   a.tickets = p.plan.drawn ? p.arrivals + gemv_tile_counters(w.n, p.m) : nullptr;
   while (1 << a.k_warp_bits < p.plan.k_warps) ++a.k_warp_bits;
   a.columns = p.plan.columns;
@@ -653,18 +649,31 @@ GemvArgs device_args(const GemvParams& p) {
   return a;
 }
 
-// The instances: rows of x at once, blocks per tile, whether a plane has 1 bit. One row fills the
-// GPU's registers with 16 warps of 128; more rows need more registers each.
+template <int kRows, int kBlocks, bool kOneBit, bool kLarge>
+Status launch_instance(const GemvArgs& a, cudaStream_t stream) {
+  constexpr GemvInstance instance = gemv_instance(kRows, kOneBit, kLarge);
+  return launch<kRows, kBlocks, kOneBit, instance.warps, instance.stages, 1>(a, stream);
+}
+
+template <int kRows, int kBlocks, bool kOneBit>
+Status launch_rows(const GemvArgs& a, bool large, cudaStream_t stream) {
+  return large ? launch_instance<kRows, kBlocks, kOneBit, true>(a, stream)
+               : launch_instance<kRows, kBlocks, kOneBit, false>(a, stream);
+}
+
+// The instances: rows of x at once, blocks per tile, whether a plane has 1 bit.
 template <int kBlocks, bool kOneBit>
-Status launch_rows(const GemvArgs& a, cudaStream_t stream) {
-  if (a.m == 1) return launch<1, kBlocks, kOneBit, gemv_warps(1, kOneBit), 3, 1>(a, stream);
-  if (a.m == 2) return launch<2, kBlocks, kOneBit, gemv_warps(2, kOneBit), 4, 1>(a, stream);
-  return launch<4, kBlocks, kOneBit, gemv_warps(4, kOneBit), 4, 1>(a, stream);
+Status launch_planes(const GemvArgs& a, bool large, cudaStream_t stream) {
+  switch (gemv_instance(a.m, kOneBit, large).rows) {
+    case 1: return launch_rows<1, kBlocks, kOneBit>(a, large, stream);
+    case 2: return launch_rows<2, kBlocks, kOneBit>(a, large, stream);
+    default: return launch_rows<4, kBlocks, kOneBit>(a, large, stream);
+  }
 }
 
 template <int kBlocks>
-Status launch_planes(const GemvArgs& a, cudaStream_t stream) {
-  return a.one_bit ? launch_rows<kBlocks, true>(a, stream) : launch_rows<kBlocks, false>(a, stream);
+Status launch_blocks(const GemvArgs& a, bool large, cudaStream_t stream) {
+  return a.one_bit ? launch_planes<kBlocks, true>(a, large, stream) : launch_planes<kBlocks, false>(a, large, stream);
 }
 
 }  // namespace
@@ -672,10 +681,11 @@ Status launch_planes(const GemvArgs& a, cudaStream_t stream) {
 Status gemv(const GemvParams& params, cudaStream_t stream) {
   if (params.m == 0 || params.weight.n == 0) return {};
   const GemvArgs args = device_args(params);
+  const bool large = params.plan.large;
   switch (params.weight.block) {
-    case 32: return launch_planes<8>(args, stream);
-    case 64: return launch_planes<4>(args, stream);
-    case 128: return launch_planes<2>(args, stream);
+    case 32: return launch_blocks<8>(args, large, stream);
+    case 64: return launch_blocks<4>(args, large, stream);
+    case 128: return launch_blocks<2>(args, large, stream);
     default: return error("grinqh gemv: block is %lld; 32, 64 and 128 are supported",
                           static_cast<long long>(params.weight.block));
   }

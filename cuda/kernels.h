@@ -10,21 +10,51 @@
 
 namespace grinqh::cuda {
 
+// y[r] = W(grades of x[r]) x[r] + bias for every row on its own (core.h).
 struct GemvParams {
   const void* x;          // [m][k]
-  std::int64_t m;         // 1..16
+  std::int64_t m;
   std::int64_t x_stride;  // elements from row to row
   Dtype dtype;            // of x, bias and y
   PackedWeight weight;
-  Grading grading;           // with a budget, `factor` holds what fit_budget found
-  const float* factor;       // [m] scales of the thresholds, or null for ones
-  const void* bias;          // [n] or null
-  void* y;                   // out [m][n], contiguous
-  float* partial;            // workspace of gemv_partial_count floats
-  unsigned* arrivals;        // workspace of gemv_counter_count zeros; left zero
-  GemvPlan plan;
+  Grading grading;
+  const float* factor;  // [m] of fit_budget, or null without a budget
+  const void* bias;     // [n] or null
+  void* y;              // out [m][n], contiguous
+  GemvPlan plan;        // of plan_gemv, for these n, k and m
+  bool overlap;         // let the launch overlap the previous kernel's end: sm_90 or later
+  float* partial;       // workspace of gemv_partial_count floats
+  unsigned* arrivals;   // workspace of gemv_counter_count zeros; left zero (see counters.h)
 };
 Status gemv(const GemvParams& params, cudaStream_t stream);
+
+// Grades of the stored channels of each row of x, and what they add up to.
+struct GradeParams {
+  const void* x;          // [m][k]
+  std::int64_t m;
+  std::int64_t x_stride;  // elements from row to row
+  Dtype dtype;
+  PackedWeight weight;  // only k, widths, channels and channel_order are read
+  Grading grading;
+  const float* factor;   // [m] of fit_budget, or null
+  std::uint8_t* grades;  // out [m][k], or null
+  float* read_bits;      // out [m] mean bits read per weight, or null
+};
+Status grade(const GradeParams& params, cudaStream_t stream);
+
+// For each row the smallest factor of the thresholds that keeps it within grading.budget.
+Status fit_budget(const GradeParams& params, float* factor, cudaStream_t stream);
+
+// Dense weights of the tiles [tile_begin, tile_end) at one grade (a channel with fewer stored planes: at its
+// last): out[j][i] = W[256 * tile_begin + i][j], j the input feature.
+struct DequantizeParams {
+  PackedWeight weight;
+  int grade;  // 0..planes
+  std::int64_t tile_begin, tile_end;
+  Dtype dtype;
+  void* out;  // [k][outputs], outputs those of the tiles that exist
+};
+Status dequantize(const DequantizeParams& params, cudaStream_t stream);
 
 // Canonical order to tile order and back, one plane or the block scales at a time.
 Status repack_plane(const std::uint8_t* plane, std::int64_t n, std::int64_t channels, int width, std::uint8_t* out,

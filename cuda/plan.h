@@ -1,5 +1,6 @@
-// How a GEMV is cut into blocks: a pure function of the shape, tested without a GPU.
+// How a GEMV is cut into blocks: a pure function of the shape and the GPU, tested without one.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 
 #include "layout.h"
@@ -7,39 +8,116 @@
 namespace grinqh::cuda {
 
 // A block takes one slice of K and, one after the other, tiles of outputs. Its warps form groups; the
-// warps of a group share a tile and its slabs, and a group meets the next slices' sums in global memory.
+// warps of a group share a tile and its slabs, and the slices' sums of a tile meet in global memory.
 //
 //            slices ->
-//   columns  [block][block][block]      block: kWarps / k_warps groups, each at a tile of its own
+//   columns  [block][block][block]      block: warps / k_warps groups, each at a tile of its own
 //      |     [block][block][block]
-//
-// `slices` decides the order of the float32 sums, so it depends on the shape and the GPU only, never on
-// the rows of x: a row's result must not know its batch.
 struct GemvPlan {
   int slices = 1;         // parts of K
   int k_warps = 1;        // warps that share a tile: 1, 2, 4, 8 or 16
   int columns = 1;        // blocks for each slice
   bool drawn = false;     // groups draw their next tile from a counter instead of a fixed stride
   bool prefetch = false;  // fetch the first plane to L2 before x is known
+  bool large = true;      // the kernels for GPUs with much shared memory
 };
 
-// What the cut depends on.
 struct GemvShape {
   std::int64_t n = 0, k = 0, m = 1;
   int subplanes = 4;
   bool one_bit = false;  // a plane has 1 bit
+  bool operator==(const GemvShape&) const = default;
 };
 
-// Warps of a block for the kernel that takes this many rows at once: 16 leave each thread 128 registers.
-constexpr int gemv_warps(int rows, bool one_bit) { return rows == 1 && !one_bit ? 16 : 8; }
-// Rows that one kernel takes; more rows are further layers of the grid.
-constexpr int gemv_rows(std::int64_t m) { return m == 1 ? 1 : m == 2 ? 2 : 4; }
+struct Gpu {
+  int multiprocessors = 0;
+  int shared_bytes = 0;  // most that a block may use
+  bool operator==(const Gpu&) const = default;
+};
 
-GemvPlan plan_gemv(const GemvShape& shape, int multiprocessors);
+// One kernel instance: rows it takes at once, warps of a block, copies in flight. 16 warps leave each
+// thread 128 registers, which one row without 1-bit planes can live with.
+struct GemvInstance {
+  int rows, warps, stages;
+};
+constexpr GemvInstance gemv_instance(std::int64_t m, bool one_bit, bool large) {
+  const int rows = m == 1 ? 1 : m == 2 ? 2 : 4;
+  if (!large) return {rows, 8, 2};
+  return rows == 1 && !one_bit ? GemvInstance{1, 16, 3} : GemvInstance{rows, 8, 4};
+}
+
+// More rows than an instance takes are further layers of the grid.
+constexpr std::int64_t gemv_layers(std::int64_t m) {
+  const int rows = gemv_instance(m, false, true).rows;
+  return (m + rows - 1) / rows;
+}
+
+namespace plan_detail {
+
+inline constexpr int kLargeShared = 200 * 1024;  // A100, H100, B200; 99 KB elsewhere
+inline constexpr int kStageBytes = kSlab * (run_bytes(2) + 16);
+
+// The shared memory of four rows bounds a slice: copies in flight, sums, and 20 bytes for each entry of the
+// lists, one entry for each channel and subplane.
+constexpr int most_slice_chunks(const GemvShape& shape, const Gpu& gpu) {
+  const bool large = gpu.shared_bytes >= kLargeShared;
+  const GemvInstance most = gemv_instance(4, shape.one_bit, large);
+  const int left = gpu.shared_bytes - most.warps * (most.stages * kStageBytes + 4 * kTile * 4) - 2048;
+  return std::clamp(left / (20 * shape.subplanes * kSlab), 1, 32);
+}
+
+// What a cut costs, in nanoseconds of an H100 (docs/kernel-notes.md): streaming, the grading of a slice,
+// the reduction over slices and the work between two tiles of a group.
+constexpr double kPerChannelTile = 4.5, kPerRound = 500, kPerSlice = 60, kPerTurn = 500;
+
+struct Cut {
+  GemvPlan plan;
+  double cost = 1e30;
+};
+
+inline Cut best_with_slices(std::int64_t tiles, int chunks, int slices, int warps, int multiprocessors) {
+  Cut best;
+  const int slice_chunks = (chunks + slices - 1) / slices;
+  const double fixed = (slice_chunks + warps - 1) / warps * kPerRound + slices * kPerSlice;
+  for (int k_warps = 1; k_warps <= warps; k_warps *= 2) {
+    const int groups = warps / k_warps;
+    const std::int64_t wanted = (tiles + groups - 1) / groups;
+    const int columns = static_cast<int>(std::min<std::int64_t>(wanted, std::max(1, multiprocessors / slices)));
+    const double turns = static_cast<double>(tiles) / (columns * groups);
+    const bool drawn = turns >= 3;
+    const double whole = drawn ? turns + 0.5 : static_cast<double>((wanted + columns - 1) / columns);
+    const double cost = fixed + whole * (groups * slice_chunks * kSlab * kPerChannelTile) + (whole - 1) * kPerTurn;
+    if (cost < best.cost) best = {{slices, k_warps, columns, drawn, false, true}, cost};
+  }
+  return best;
+}
+
+}  // namespace plan_detail
+
+// `slices` decides the order of the float32 sums, so it does not depend on m: a row's result must not know
+// its batch.
+inline GemvPlan plan_gemv(const GemvShape& shape, const Gpu& gpu) {
+  using plan_detail::Cut;
+  const std::int64_t tiles = tile_count(shape.n);
+  const bool large = gpu.shared_bytes >= plan_detail::kLargeShared;
+  const int chunks = static_cast<int>((shape.k + kSlab - 1) / kSlab);
+  const int most = plan_detail::most_slice_chunks(shape, gpu), least = std::max(1, (chunks + most - 1) / most);
+  const auto cut = [&](int slices, std::int64_t m) {
+    return plan_detail::best_with_slices(tiles, chunks, slices, gemv_instance(m, shape.one_bit, large).warps,
+                                         gpu.multiprocessors);
+  };
+  Cut best;
+  for (int slices = least; slices <= std::max(least, std::min(chunks, 48)); ++slices) {
+    if (const Cut next = cut(slices, 1); next.cost < best.cost) best = next;
+  }
+  GemvPlan plan = shape.m == 1 ? best.plan : cut(best.plan.slices, shape.m).plan;
+  plan.prefetch = shape.n * shape.k <= 32'000'000;
+  plan.large = large;
+  return plan;
+}
 
 // Workspace: floats for the slices' sums, and counters (one per tile, then one per slice, for each layer of
 // the grid) that are zero before and after.
-constexpr std::int64_t gemv_layers(std::int64_t m) { return (m + gemv_rows(m) - 1) / gemv_rows(m); }
 constexpr std::int64_t gemv_partial_count(const GemvPlan& plan, std::int64_t n, std::int64_t m) {
   return plan.slices > 1 ? plan.slices * m * tile_count(n) * kTile : 0;
 }

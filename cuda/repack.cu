@@ -2,6 +2,7 @@
 // its output, so both directions are plain gathers.
 #include <cuda_fp16.h>
 
+#include "device.cuh"
 #include "kernels.h"
 #include "layout.h"
 
@@ -81,11 +82,6 @@ __global__ void unpack_scale_kernel(const __half* tiles, std::int64_t n, std::in
 }
 
 unsigned blocks_for(std::int64_t count) { return static_cast<unsigned>((count + kThreads - 1) / kThreads); }
-
-Status launched(const char* what) {
-  const cudaError_t failure = cudaGetLastError();
-  return failure == cudaSuccess ? Status{} : error("grinqh %s: %s", what, cudaGetErrorString(failure));
-}
 
 }  // namespace
 

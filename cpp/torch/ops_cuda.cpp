@@ -1,0 +1,379 @@
+// torch.ops.grinqh on CUDA tensors. Planes and block scales are in tile order here (cuda/layout.h): `repack`
+// makes them at load time, `unpack_tiles` gives the canonical ones back.
+
+#include <algorithm>
+
+#include "counters.h"
+#include "kernels.h"
+#include "ops_common.h"
+
+// Defined by libtorch_cuda.so and absent from a CPU-only torch. A weak reference is null there, which lets
+// one library load beside either.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream)
+    __attribute__((weak));
+
+namespace grinqh::binding {
+namespace {
+
+using torch::stable::accelerator::DeviceGuard;
+
+cudaStream_t stream_of(const Tensor& tensor) {
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "grinqh: this torch was built without CUDA");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+// A layer's tensors in the order of the schemas.
+struct LayerArguments {
+  std::vector<Tensor> planes;
+  Tensor block_scale, row_scale, gain, channel_order, channel_weight, thresholds;
+  std::vector<int64_t> widths;
+  int64_t block;
+  std::optional<Tensor> bias, budget;
+};
+#define GRINQH_LAYER_PARAMETERS                                                                        \
+  std::vector<Tensor> planes, Tensor block_scale, Tensor row_scale, Tensor gain, Tensor channel_order, \
+      Tensor channel_weight, Tensor thresholds, std::vector<int64_t> widths, int64_t block,            \
+      std::optional<Tensor> bias, std::optional<Tensor> budget
+#define GRINQH_LAYER_ARGUMENTS                                                                                   \
+  LayerArguments {                                                                                               \
+    planes, block_scale, row_scale, gain, channel_order, channel_weight, thresholds, widths, block, bias, budget \
+  }
+
+// Channels of a plane in tile order, uint8 [subplanes, tiles, K_p, run].
+void add_tiled_planes(const char* op, const std::vector<Tensor>& planes, const Tensor& like, PackedWeight& weight) {
+  STD_TORCH_CHECK(static_cast<int>(planes.size()) == weight.widths.count, "grinqh::", op, ": planes has ",
+                  planes.size(), " tensors and widths ", weight.widths.count, " entries: they must be as many");
+  int64_t most = weight.k;
+  for (size_t p = 0; p < planes.size(); ++p) {
+    const std::string name = "planes[" + std::to_string(p) + "]";
+    const int width = weight.widths.width[p];
+    STD_TORCH_CHECK(planes[p].dim() == 4, "grinqh::", op, ": ", name, " has shape ", shape_text(planes[p]),
+                    ": CUDA ops take planes in tile order, [subplanes, tiles, K_p, run], as grinqh::repack makes them");
+    check_tensor(op, name, planes[p], ScalarType::Byte,
+                 {cuda::sub_count(width), weight.n < 0 ? -1 : cuda::tile_count(weight.n), -1,
+                  cuda::run_bytes(cuda::sub_width(width))},
+                 like);
+    STD_TORCH_CHECK(planes[p].size(2) <= most, "grinqh::", op, ": ", name, " stores ", planes[p].size(2),
+                    " channels: allowed are at most ", most);
+    most = weight.channels[p] = planes[p].size(2);
+    weight.plane[p] = static_cast<const uint8_t*>(planes[p].const_data_ptr());
+  }
+}
+
+void check_block(const char* op, int64_t block) {
+  STD_TORCH_CHECK(is_block(block), "grinqh::", op, ": block is ", block, ": allowed are 32, 64 and 128");
+}
+
+PackedWeight to_tiled(const char* op, const PackedTensors& tensors, const Tensor& like) {
+  check_block(op, tensors.block);
+  PackedWeight weight;
+  weight.widths = to_widths(op, tensors.widths);
+  check_tensor(op, "row_scale", tensors.row_scale, ScalarType::Float, {-1}, like);
+  check_tensor(op, "channel_order", tensors.channel_order, ScalarType::Int, {-1}, like);
+  weight.n = tensors.row_scale.size(0);
+  weight.k = tensors.channel_order.size(0);
+  weight.block = tensors.block;
+  STD_TORCH_CHECK(weight.n < (int64_t{1} << 31) && weight.k < (int64_t{1} << 28), "grinqh::", op, ": N is ", weight.n,
+                  " and K ", weight.k, ": allowed are N < 2^31 and K < 2^28");
+  add_tiled_planes(op, tensors.planes, like, weight);
+  check_tensor(op, "block_scale", tensors.block_scale, ScalarType::Half,
+               {cuda::tile_count(weight.n) * cuda::blocks_per_tile(static_cast<int>(weight.block)) + 1, weight.k}, like);
+  check_tensor(op, "gain", tensors.gain, ScalarType::Float, {weight.widths.count}, like);
+  weight.block_scale = static_cast<const uint16_t*>(tensors.block_scale.const_data_ptr());
+  weight.row_scale = static_cast<const float*>(tensors.row_scale.const_data_ptr());
+  weight.gain = static_cast<const float*>(tensors.gain.const_data_ptr());
+  weight.channel_order = static_cast<const int32_t*>(tensors.channel_order.const_data_ptr());
+  return weight;
+}
+
+PackedWeight to_tiled(const char* op, const LayerArguments& layer, const Tensor& like) {
+  return to_tiled(op,
+                  {layer.planes, layer.block_scale, layer.row_scale, layer.gain, layer.channel_order, layer.widths,
+                   layer.block},
+                  like);
+}
+
+cuda::GradeParams grade_params(const Rows& rows, Dtype dtype, const PackedWeight& weight, const Grading& grading) {
+  cuda::GradeParams params{};
+  params.x = rows.x.const_data_ptr();
+  params.m = rows.count;
+  params.x_stride = rows.stride;
+  params.dtype = dtype;
+  params.weight = weight;
+  params.grading = grading;
+  return params;
+}
+
+// The rows' factors where there is a budget. The tensor keeps them alive.
+std::optional<Tensor> fit_budget(const char* op, cuda::GradeParams& params, const Tensor& like, cudaStream_t stream) {
+  if (params.grading.budget == nullptr) return std::nullopt;
+  Tensor factor = torch::stable::new_empty(like, {params.m}, ScalarType::Float);
+  throw_if_error(op, cuda::fit_budget(params, static_cast<float*>(factor.mutable_data_ptr()), stream));
+  params.factor = static_cast<const float*>(factor.const_data_ptr());
+  return factor;
+}
+
+// Planning takes microseconds; a model asks for few shapes, again and again.
+cuda::GemvPlan plan_for(const cuda::GemvShape& shape, const cuda::Gpu& gpu) {
+  struct Known {
+    cuda::GemvShape shape;
+    cuda::Gpu gpu;
+    cuda::GemvPlan plan;
+  };
+  thread_local Known known[64];
+  Known& slot = known[static_cast<size_t>(shape.n * 31 + shape.k * 7 + shape.m) % 64];
+  if (!(slot.shape == shape && slot.gpu == gpu)) slot = {shape, gpu, cuda::plan_gemv(shape, gpu)};
+  return slot.plan;
+}
+
+cuda::GemvShape shape_of(const PackedWeight& weight, int64_t m) {
+  cuda::GemvShape shape{weight.n, weight.k, m, 0, false};
+  for (int p = 0; p < weight.widths.count; ++p) {
+    shape.subplanes += cuda::sub_count(weight.widths.width[p]);
+    shape.one_bit = shape.one_bit || weight.widths.width[p] == 1;
+  }
+  return shape;
+}
+
+void check_bias(const char* op, const std::optional<Tensor>& bias, const Tensor& x, int64_t n) {
+  if (bias.has_value()) check_tensor(op, "bias", *bias, x.scalar_type(), {n}, x);
+}
+
+void run_gemv(const char* op, const Tensor& x, const LayerArguments& layer, Tensor& y, Tensor* read_bits) {
+  const DeviceGuard guard(x.get_device_index());
+  const cudaStream_t stream = stream_of(x);
+  const PackedWeight weight = to_tiled(op, layer, x);
+  const Grading grading = to_grading(op, layer.channel_weight, layer.thresholds, layer.budget, weight, x);
+  check_bias(op, layer.bias, x, weight.n);
+  const Dtype dtype = to_dtype(op, "x", x.scalar_type());
+  const Rows rows = to_rows(op, x, weight.k);
+  if (rows.count == 0) return;
+
+  cuda::GradeParams graded = grade_params(rows, dtype, weight, grading);
+  const std::optional<Tensor> factor = fit_budget(op, graded, x, stream);
+  if (read_bits != nullptr) {
+    graded.read_bits = static_cast<float*>(read_bits->mutable_data_ptr());
+    throw_if_error(op, cuda::grade(graded, stream));
+  }
+  if (weight.n == 0) return;
+  STD_TORCH_CHECK(weight.k > 0, "grinqh::", op, ": K is 0: it must be at least 1");
+
+  cuda::Gpu gpu;
+  cuda::GemvParams params{};
+  throw_if_error(op, cuda::current_gpu(&gpu, &params.overlap));
+  params.x = graded.x;
+  params.m = rows.count;
+  params.x_stride = rows.stride;
+  params.dtype = dtype;
+  params.weight = weight;
+  params.grading = grading;
+  params.factor = graded.factor;
+  params.bias = layer.bias.has_value() ? layer.bias->const_data_ptr() : nullptr;
+  params.y = y.mutable_data_ptr();
+  params.plan = plan_for(shape_of(weight, rows.count), gpu);
+  const Tensor partial = torch::stable::new_empty(
+      x, {cuda::gemv_partial_count(params.plan, weight.n, rows.count)}, ScalarType::Float);
+  params.partial = static_cast<float*>(partial.mutable_data_ptr());
+  throw_if_error(op, cuda::counters_for(stream, cuda::gemv_counter_count(params.plan, weight.n, rows.count),
+                                        &params.arrivals));
+  throw_if_error(op, cuda::gemv(params, stream));
+}
+
+Tensor empty_output(const Tensor& x, const Tensor& row_scale) {
+  STD_TORCH_CHECK(x.dim() >= 1, "grinqh: x has shape []: it must have at least one dimension");
+  STD_TORCH_CHECK(row_scale.dim() == 1, "grinqh: row_scale has shape ", shape_text(row_scale), ": it must be [N]");
+  return torch::stable::new_empty(x, output_sizes(x, row_scale.size(0)));
+}
+
+Tensor gemv_cuda(Tensor x, GRINQH_LAYER_PARAMETERS) {
+  const LayerArguments layer = GRINQH_LAYER_ARGUMENTS;
+  Tensor y = empty_output(x, row_scale);
+  run_gemv("gemv", x, layer, y, nullptr);
+  return y;
+}
+
+void gemv_out_cuda(Tensor x, GRINQH_LAYER_PARAMETERS, Tensor out) {
+  const LayerArguments layer = GRINQH_LAYER_ARGUMENTS;
+  bool fits = x.dim() >= 1 && out.dim() == x.dim() && row_scale.dim() == 1 &&
+              out.size(out.dim() - 1) == row_scale.size(0);
+  for (int64_t d = 0; fits && d + 1 < x.dim(); ++d) fits = out.size(d) == x.size(d);
+  STD_TORCH_CHECK(fits, "grinqh::gemv: out has shape ", shape_text(out), ": it must be that of x, ", shape_text(x),
+                  ", with N, the length of row_scale ", shape_text(row_scale), ", as its last size");
+  STD_TORCH_CHECK(out.scalar_type() == x.scalar_type() && out.is_contiguous() &&
+                      out.get_device_index() == x.get_device_index() && out.is_cuda(),
+                  "grinqh::gemv: out is ", dtype_name(out.scalar_type()), " on ", device_text(out),
+                  ": it must be contiguous, ", dtype_name(x.scalar_type()), " and on ", device_text(x));
+  run_gemv("gemv", x, layer, out, nullptr);
+}
+
+std::tuple<Tensor, Tensor> gemv_read_bits_cuda(Tensor x, GRINQH_LAYER_PARAMETERS) {
+  const LayerArguments layer = GRINQH_LAYER_ARGUMENTS;
+  Tensor y = empty_output(x, row_scale);
+  Tensor read_bits = torch::stable::new_empty(x, leading_sizes(x), ScalarType::Float);
+  run_gemv("gemv_read_bits", x, layer, y, &read_bits);
+  return {y, read_bits};
+}
+
+Tensor dense_tiles(const char* op, const PackedWeight& weight, const Tensor& like, ScalarType type, int grade,
+                   int64_t tile_begin, int64_t tile_end) {
+  cuda::DequantizeParams params{};
+  params.weight = weight;
+  params.grade = grade;
+  params.tile_begin = tile_begin;
+  params.tile_end = tile_end;
+  params.dtype = to_dtype(op, "dtype", type);
+  const int64_t outputs = std::min(tile_end * cuda::kTile, weight.n) - tile_begin * cuda::kTile;
+  Tensor dense = torch::stable::new_empty(like, {weight.k, outputs}, type);
+  params.out = dense.mutable_data_ptr();
+  throw_if_error(op, cuda::dequantize(params, stream_of(like)));
+  return dense;
+}
+
+// Prefill: outputs are made dense in strips of at most this many weights, and multiplied.
+constexpr int64_t kStripWeights = int64_t{1} << 27;
+
+Tensor linear_cuda(Tensor x, GRINQH_LAYER_PARAMETERS, int64_t max_graded_rows) {
+  const LayerArguments layer = GRINQH_LAYER_ARGUMENTS;
+  Tensor y = empty_output(x, row_scale);
+  STD_TORCH_CHECK(channel_order.dim() == 1, "grinqh::linear: channel_order has shape ", shape_text(channel_order),
+                  ": it must be [K]");
+  const Rows rows = to_rows("linear", x, channel_order.size(0));
+  if (rows.count <= max_graded_rows) {
+    run_gemv("linear", x, layer, y, nullptr);
+    return y;
+  }
+  const DeviceGuard guard(x.get_device_index());
+  const PackedWeight weight = to_tiled("linear", layer, x);
+  to_grading("linear", channel_weight, thresholds, budget, weight, x);
+  check_bias("linear", bias, x, weight.n);
+  const Tensor x_rows = torch::stable::reshape(x, {rows.count, weight.k});
+  Tensor y_rows = torch::stable::view(y, {rows.count, weight.n});
+  const int64_t tiles = cuda::tile_count(weight.n);
+  const int64_t strip = std::max<int64_t>(1, kStripWeights / (weight.k * cuda::kTile));
+  for (int64_t tile = 0; tile < tiles; tile += strip) {
+    const int64_t end = std::min(tiles, tile + strip);
+    const int64_t first = tile * cuda::kTile, count = std::min(end * cuda::kTile, weight.n) - first;
+    const Tensor dense =
+        dense_tiles("linear", weight, x, x.scalar_type(), weight.widths.count, tile, end);
+    Tensor product = torch::stable::matmul(x_rows, dense);
+    if (layer.bias.has_value()) {
+      Tensor bias_part = *layer.bias;
+      product = torch::stable::subtract(product, torch::stable::narrow(bias_part, 0, first, count), -1.0);
+    }
+    Tensor part = torch::stable::narrow(y_rows, 1, first, count);
+    torch::stable::copy_(part, product);
+  }
+  return y;
+}
+
+Tensor grade_cuda(Tensor x, std::vector<Tensor> planes, Tensor channel_order, Tensor channel_weight, Tensor thresholds,
+                  std::vector<int64_t> widths, std::optional<Tensor> budget) {
+  const DeviceGuard guard(x.get_device_index());
+  PackedWeight weight;
+  weight.widths = to_widths("grade", widths);
+  check_tensor("grade", "channel_order", channel_order, ScalarType::Int, {-1}, x);
+  weight.k = channel_order.size(0);
+  weight.n = -1;  // grades do not depend on the outputs: any number of tiles
+  weight.channel_order = static_cast<const int32_t*>(channel_order.const_data_ptr());
+  add_tiled_planes("grade", planes, x, weight);
+  const Grading grading = to_grading("grade", channel_weight, thresholds, budget, weight, x);
+  const Rows rows = to_rows("grade", x, weight.k);
+  cuda::GradeParams params = grade_params(rows, to_dtype("grade", "x", x.scalar_type()), weight, grading);
+  const cudaStream_t stream = stream_of(x);
+  const std::optional<Tensor> factor = fit_budget("grade", params, x, stream);
+  Tensor grades = torch::stable::new_empty(x, output_sizes(x, weight.k), ScalarType::Byte);
+  params.grades = static_cast<uint8_t*>(grades.mutable_data_ptr());
+  throw_if_error("grade", cuda::grade(params, stream));
+  return grades;
+}
+
+Tensor dequantize_cuda(std::vector<Tensor> planes, Tensor block_scale, Tensor row_scale, Tensor gain,
+                       Tensor channel_order, std::vector<int64_t> widths, int64_t block, int64_t grade,
+                       ScalarType dtype) {
+  const DeviceGuard guard(row_scale.get_device_index());
+  const PackedWeight weight =
+      to_tiled("dequantize", {planes, block_scale, row_scale, gain, channel_order, widths, block}, row_scale);
+  STD_TORCH_CHECK(grade >= 0 && grade <= weight.widths.count, "grinqh::dequantize: grade is ", grade,
+                  ": allowed are 0 to ", weight.widths.count);
+  return dense_tiles("dequantize", weight, row_scale, dtype, static_cast<int>(grade), 0, cuda::tile_count(weight.n));
+}
+
+// Canonical to tile order: what the other CUDA ops take in the places of planes and block_scale.
+std::tuple<std::vector<Tensor>, Tensor> repack_cuda(std::vector<Tensor> planes, Tensor block_scale,
+                                                    std::vector<int64_t> widths, int64_t n, int64_t block) {
+  const DeviceGuard guard(block_scale.get_device_index());
+  check_block("repack", block);
+  check_tensor("repack", "block_scale", block_scale, ScalarType::Half, {-1, block_count(n, block)}, block_scale);
+  PackedWeight weight;
+  weight.widths = to_widths("repack", widths);
+  weight.n = n;
+  weight.k = block_scale.size(0);
+  add_planes("repack", planes, block_scale, weight);
+  const cudaStream_t stream = stream_of(block_scale);
+  std::vector<Tensor> tiled;
+  for (int p = 0; p < weight.widths.count; ++p) {
+    const int width = weight.widths.width[p];
+    tiled.push_back(torch::stable::new_empty(block_scale,
+                                             {cuda::sub_count(width), cuda::tile_count(n), weight.channels[p],
+                                              cuda::run_bytes(cuda::sub_width(width))},
+                                             ScalarType::Byte));
+    throw_if_error("repack", cuda::repack_plane(weight.plane[p], n, weight.channels[p], width,
+                                                static_cast<uint8_t*>(tiled.back().mutable_data_ptr()), stream));
+  }
+  Tensor scale = torch::stable::new_empty(
+      block_scale, {cuda::tile_count(n) * cuda::blocks_per_tile(static_cast<int>(block)) + 1, weight.k});
+  throw_if_error("repack", cuda::repack_scale(static_cast<const uint16_t*>(block_scale.const_data_ptr()), n, weight.k,
+                                              static_cast<int>(block),
+                                              static_cast<uint16_t*>(scale.mutable_data_ptr()), stream));
+  return {tiled, scale};
+}
+
+std::tuple<std::vector<Tensor>, Tensor> unpack_tiles_cuda(std::vector<Tensor> planes, Tensor block_scale,
+                                                          std::vector<int64_t> widths, int64_t n, int64_t block) {
+  const DeviceGuard guard(block_scale.get_device_index());
+  check_block("unpack_tiles", block);
+  check_tensor("unpack_tiles", "block_scale", block_scale, ScalarType::Half,
+               {cuda::tile_count(n) * cuda::blocks_per_tile(static_cast<int>(block)) + 1, -1}, block_scale);
+  PackedWeight weight;
+  weight.widths = to_widths("unpack_tiles", widths);
+  weight.n = n;
+  weight.k = block_scale.size(1);
+  add_tiled_planes("unpack_tiles", planes, block_scale, weight);
+  const cudaStream_t stream = stream_of(block_scale);
+  std::vector<Tensor> canonical;
+  for (int p = 0; p < weight.widths.count; ++p) {
+    const int width = weight.widths.width[p];
+    canonical.push_back(torch::stable::new_empty(block_scale, {weight.channels[p], plane_row_bytes(n, width)},
+                                                 ScalarType::Byte));
+    throw_if_error("unpack_tiles",
+                   cuda::unpack_plane(weight.plane[p], n, weight.channels[p], width,
+                                      static_cast<uint8_t*>(canonical.back().mutable_data_ptr()), stream));
+  }
+  Tensor scale = torch::stable::new_empty(block_scale, {weight.k, block_count(n, block)});
+  throw_if_error("unpack_tiles",
+                 cuda::unpack_scale(static_cast<const uint16_t*>(block_scale.const_data_ptr()), n, weight.k,
+                                    static_cast<int>(block), static_cast<uint16_t*>(scale.mutable_data_ptr()), stream));
+  return {canonical, scale};
+}
+
+}  // namespace
+}  // namespace grinqh::binding
+
+STABLE_TORCH_LIBRARY_FRAGMENT(grinqh, m) {
+  m.def("repack(Tensor[] planes, Tensor block_scale, int[] widths, int n, int block) -> (Tensor[], Tensor)");
+  m.def("unpack_tiles(Tensor[] planes, Tensor block_scale, int[] widths, int n, int block) -> (Tensor[], Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(grinqh, CUDA, m) {
+  namespace binding = grinqh::binding;
+  m.impl("gemv", TORCH_BOX(&binding::gemv_cuda));
+  m.impl("gemv.out", TORCH_BOX(&binding::gemv_out_cuda));
+  m.impl("gemv_read_bits", TORCH_BOX(&binding::gemv_read_bits_cuda));
+  m.impl("linear", TORCH_BOX(&binding::linear_cuda));
+  m.impl("grade", TORCH_BOX(&binding::grade_cuda));
+  m.impl("dequantize", TORCH_BOX(&binding::dequantize_cuda));
+  m.impl("repack", TORCH_BOX(&binding::repack_cuda));
+  m.impl("unpack_tiles", TORCH_BOX(&binding::unpack_tiles_cuda));
+}

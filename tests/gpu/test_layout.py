@@ -1,0 +1,31 @@
+"""Tile order: repack, its inverse, and the dense weights made from it."""
+
+import pytest
+import torch
+from layers import make_layer
+
+ops = torch.ops.grinqh
+
+
+@pytest.mark.parametrize("widths", [(2, 2, 2, 2), (2, 1, 1, 2, 2), (4, 4), (8,), (1, 1)], ids=str)
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (256, 64), (300, 77), (1000, 5)])
+@pytest.mark.parametrize("block", [32, 64, 128])
+def test_unpack_tiles_is_the_inverse_of_repack(widths: tuple[int, ...], n: int, k: int, block: int) -> None:
+    channels = tuple(max(0, k - 3 * p) for p in range(len(widths)))
+    layer = make_layer(n, k, widths, block, channels)
+    tiled = layer.cuda()
+    planes, scale = ops.unpack_tiles(tiled.planes, tiled.block_scale, list(widths), n, block)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(planes, layer.planes, strict=True))
+    assert torch.equal(scale.cpu(), layer.block_scale)
+
+
+@pytest.mark.parametrize("widths", [(2, 2, 2, 2), (2, 1, 1, 2, 2), (4, 4), (8,)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (256, 64), (300, 77), (520, 40)])
+def test_dequantize_gives_the_bits_of_the_cpu(widths: tuple[int, ...], dtype: torch.dtype, n: int, k: int) -> None:
+    channels = tuple(max(0, k - 3 * p) for p in range(len(widths)))
+    layer = make_layer(n, k, widths, channels=channels)
+    tiled = layer.cuda()
+    for grade in range(len(widths) + 1):
+        dense = ops.dequantize(*tiled.weight(), grade, dtype)
+        assert torch.equal(dense.cpu(), ops.dequantize(*layer.weight(), grade, dtype))
