@@ -1,5 +1,6 @@
 #include "grading.h"
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <limits>
@@ -58,9 +59,11 @@ RowThresholds within_budget(const PackedWeight& weight, const Grading& grading, 
 
 }  // namespace
 
-void gather_row(const void* x_row, Dtype dtype, const PackedWeight& weight, std::span<float> values) {
+void gather_row(const void* x_row, Dtype dtype, const PackedWeight& weight, std::int64_t first,
+                std::span<float> values) {
+  const std::int32_t* feature = weight.channel_order + first;
   const auto gather = [&](auto load) {
-    for (std::size_t c = 0; c < values.size(); ++c) values[c] = load(weight.channel_order[c]);
+    for (std::size_t i = 0; i < values.size(); ++i) values[i] = load(feature[i]);
   };
   switch (dtype) {
     case Dtype::f32: gather([x = static_cast<const float*>(x_row)](std::int32_t j) { return x[j]; }); return;
@@ -73,29 +76,29 @@ void gather_row(const void* x_row, Dtype dtype, const PackedWeight& weight, std:
   }
 }
 
-RowThresholds row_thresholds(const PackedWeight& weight, const Grading& grading, std::span<const float> values) {
+RowThresholds row_thresholds(const PackedWeight& weight, const Grading& grading, const void* x_row, Dtype dtype) {
   if (grading.budget == nullptr) return scaled(grading.thresholds, weight.widths.count, 1.0f);
-  std::vector<float> importance(values.size());
-  for (std::size_t c = 0; c < values.size(); ++c) {
-    importance[c] = std::fabs(values[c]) * grading.channel_weight[c];
+  std::vector<float> importance(static_cast<std::size_t>(weight.k));
+  gather_row(x_row, dtype, weight, 0, importance);
+  for (std::size_t c = 0; c < importance.size(); ++c) {
+    importance[c] = std::fabs(importance[c]) * grading.channel_weight[c];
   }
   return within_budget(weight, grading, importance);
 }
 
 void grade_channels(const PackedWeight& weight, const Grading& grading, const RowThresholds& thresholds,
-                    std::span<const float> values, std::span<std::uint8_t> grades) {
-  std::size_t end = values.size();
-  // Stored planes never grow with the channel: count backwards through the prefixes.
-  for (int stored = 0; stored <= weight.widths.count; ++stored) {
-    const std::size_t begin =
-        stored == weight.widths.count ? 0 : static_cast<std::size_t>(weight.channels[stored]);
-    for (std::size_t c = begin; c < end; ++c) {
-      const float importance = std::fabs(values[c]) * grading.channel_weight[c];
-      int grade = 0;
-      for (int p = 0; p < stored; ++p) grade += !(importance < thresholds.value[p]);
-      grades[c] = static_cast<std::uint8_t>(grade);
+                    std::int64_t first, std::span<const float> values, std::span<std::uint8_t> grades) {
+  const float* channel_weight = grading.channel_weight + first;
+  const auto count = static_cast<std::int64_t>(values.size());
+  for (std::int64_t i = 0; i < count; ++i) grades[static_cast<std::size_t>(i)] = 0;
+  for (int p = 0; p < weight.widths.count; ++p) {
+    const float threshold = thresholds.value[p];
+    const std::int64_t stored = std::clamp<std::int64_t>(weight.channels[p] - first, 0, count);
+    for (std::int64_t i = 0; i < stored; ++i) {
+      const auto c = static_cast<std::size_t>(i);
+      const float importance = std::fabs(values[c]) * channel_weight[i];
+      grades[c] = static_cast<std::uint8_t>(grades[c] + (importance < threshold ? 0 : 1));
     }
-    end = begin;
   }
 }
 
@@ -114,9 +117,10 @@ Status grade(const GradeParams& params, const Executor& executor) {
   parallel_for(executor, params.m, 1, [&](std::int64_t begin, std::int64_t end) {
     std::vector<float> values(k);
     for (std::int64_t m = begin; m < end; ++m) {
-      gather_row(static_cast<const char*>(params.x) + m * params.x_stride * item, params.dtype, weight, values);
-      const RowThresholds thresholds = row_thresholds(weight, params.grading, values);
-      grade_channels(weight, params.grading, thresholds, values, {params.grades + m * weight.k, k});
+      const char* x_row = static_cast<const char*>(params.x) + m * params.x_stride * item;
+      gather_row(x_row, params.dtype, weight, 0, values);
+      const RowThresholds thresholds = row_thresholds(weight, params.grading, x_row, params.dtype);
+      grade_channels(weight, params.grading, thresholds, 0, values, {params.grades + m * weight.k, k});
     }
   });
   return {};

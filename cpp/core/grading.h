@@ -7,18 +7,19 @@
 
 namespace grinqh {
 
-// x in stored-channel order as float32: values[c] = x[channel_order[c]].
-void gather_row(const void* x_row, Dtype dtype, const PackedWeight& weight, std::span<float> values);
+// x of the stored channels from `first` on, as float32: values[i] = x[channel_order[first + i]].
+void gather_row(const void* x_row, Dtype dtype, const PackedWeight& weight, std::int64_t first,
+                std::span<float> values);
 
 // The thresholds a row is graded with: those of `grading`, scaled to its budget if there is one.
 struct RowThresholds {
   float value[kMaxPlanes];
 };
-RowThresholds row_thresholds(const PackedWeight& weight, const Grading& grading, std::span<const float> values);
+RowThresholds row_thresholds(const PackedWeight& weight, const Grading& grading, const void* x_row, Dtype dtype);
 
-// grades[c] for every stored channel: the number of thresholds that its importance is not below (a NaN is
+// grades[i] of stored channel first + i: the number of thresholds that its importance is not below (a NaN is
 // below none), at most its stored planes.
 void grade_channels(const PackedWeight& weight, const Grading& grading, const RowThresholds& thresholds,
-                    std::span<const float> values, std::span<std::uint8_t> grades);
+                    std::int64_t first, std::span<const float> values, std::span<std::uint8_t> grades);
 
 }  // namespace grinqh

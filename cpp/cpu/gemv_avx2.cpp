@@ -53,33 +53,31 @@ struct Avx2 {
     return _mm256_cvtps_epi32(_mm256_mul_ps(values, _mm256_set1_ps(factor)));
   }
 
-  static Int lane_numbers() { return _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0); }
-  static Int lane_blocks(int outputs_per_lane, int block) {
-    const Int output = _mm256_mullo_epi32(lane_numbers(), _mm256_set1_epi32(outputs_per_lane));
-    return _mm256_srl_epi32(output, _mm_cvtsi32_si128(__builtin_ctz(static_cast<unsigned>(block))));
+  // Lane 4 k + d of vector v holds byte 16 k + 4 v + d.
+  template <int Vector, int Fields>
+  static Int lane_blocks(int begin, int block) {
+    const Int byte = _mm256_set_epi32(19, 18, 17, 16, 3, 2, 1, 0);
+    const Int output =
+        _mm256_slli_epi32(_mm256_add_epi32(byte, _mm256_set1_epi32(4 * Vector)), __builtin_ctz(Fields));
+    return _mm256_srl_epi32(_mm256_add_epi32(output, _mm256_set1_epi32(begin)),
+                            _mm_cvtsi32_si128(__builtin_ctz(static_cast<unsigned>(block))));
   }
+  // A chunk is 256 outputs at most, 8 blocks: what one vector holds.
   static Int spread(const std::int32_t* values, Int lane_block) {
     return _mm256_permutevar8x32_epi32(_mm256_loadu_si256(reinterpret_cast<const Int*>(values)), lane_block);
   }
 
-  static Int interleave_parts(__m128i a, __m128i b, __m128i c, __m128i d) {
-    const __m128i ab = _mm_unpacklo_epi8(a, b);
-    const __m128i cd = _mm_unpacklo_epi8(c, d);
-    return _mm256_set_m128i(_mm_unpackhi_epi16(ab, cd), _mm_unpacklo_epi16(ab, cd));
+  static Int load(const std::int32_t* values) { return _mm256_load_si256(reinterpret_cast<const Int*>(values)); }
+  static Int load_bytes(const std::uint8_t* bytes) { return _mm256_loadu_si256(reinterpret_cast<const Int*>(bytes)); }
+  static Int load_bytes_tail(const std::uint8_t* bytes, int count) {
+    alignas(32) std::uint8_t padded[32] = {};
+    for (int i = 0; i < count; ++i) padded[i] = bytes[i];
+    return _mm256_load_si256(reinterpret_cast<const Int*>(padded));
   }
-  static __m128i load(const std::uint8_t* bytes) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)); }
-  static Int interleave(const std::uint8_t* a, const std::uint8_t* b, const std::uint8_t* c, const std::uint8_t* d) {
-    return interleave_parts(load(a), load(b), load(c), load(d));
-  }
-  static __m128i load_tail(const std::uint8_t* bytes, int count) {
-    std::uint64_t value = 0;
-    for (int i = 0; i < count; ++i) value |= static_cast<std::uint64_t>(bytes[i]) << (8 * i);
-    return _mm_cvtsi64_si128(static_cast<long long>(value));
-  }
-  static Int interleave_tail(const std::uint8_t* a, const std::uint8_t* b, const std::uint8_t* c,
-                             const std::uint8_t* d, int bytes) {
-    return interleave_parts(load_tail(a, bytes), load_tail(b, bytes), load_tail(c, bytes), load_tail(d, bytes));
-  }
+  static Int zip_bytes_low(Int a, Int b) { return _mm256_unpacklo_epi8(a, b); }
+  static Int zip_bytes_high(Int a, Int b) { return _mm256_unpackhi_epi8(a, b); }
+  static Int zip_pairs_low(Int a, Int b) { return _mm256_unpacklo_epi16(a, b); }
+  static Int zip_pairs_high(Int a, Int b) { return _mm256_unpackhi_epi16(a, b); }
 
   // The dot product adds pairs in 16 bits with saturation, so a field above 127 would not do. Wide fields at the
   // top of the byte are moved down by half a byte; a field of a whole byte takes another dot product.

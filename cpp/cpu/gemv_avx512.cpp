@@ -40,7 +40,9 @@ struct Avx512 {
   struct ScaleMax {
     __m256i lanes = _mm256_setzero_si256();
     void add(const std::uint16_t* scales, int count) {
-      lanes = _mm256_max_epu16(lanes, _mm256_maskz_loadu_epi16(first(count), scales));
+      for (int i = 0; i < count; i += 16) {
+        lanes = _mm256_max_epu16(lanes, _mm256_maskz_loadu_epi16(first(count - i < 16 ? count - i : 16), scales + i));
+      }
     }
     float value() const {
       const __m128i half = _mm_max_epu16(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
@@ -54,37 +56,28 @@ struct Avx512 {
     return _mm512_cvtps_epi32(_mm512_mul_ps(values, _mm512_set1_ps(factor)));
   }
 
-  static Int lane_blocks(int outputs_per_lane, int block) {
-    const Int lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const Int output = _mm512_mullo_epi32(lane, _mm512_set1_epi32(outputs_per_lane));
-    return _mm512_srl_epi32(output, _mm_cvtsi32_si128(__builtin_ctz(static_cast<unsigned>(block))));
+  // Lane 4 k + d of vector v holds byte 16 k + 4 v + d.
+  template <int Vector, int Fields>
+  static Int lane_blocks(int begin, int block) {
+    const Int byte = _mm512_set_epi32(51, 50, 49, 48, 35, 34, 33, 32, 19, 18, 17, 16, 3, 2, 1, 0);
+    const Int output = _mm512_slli_epi32(_mm512_add_epi32(byte, _mm512_set1_epi32(4 * Vector)),
+                                         static_cast<unsigned>(__builtin_ctz(Fields)));
+    return _mm512_srl_epi32(_mm512_add_epi32(output, _mm512_set1_epi32(begin)),
+                            _mm_cvtsi32_si128(__builtin_ctz(static_cast<unsigned>(block))));
   }
   static Int spread(const std::int32_t* values, Int lane_block) {
     return _mm512_permutexvar_epi32(lane_block, _mm512_loadu_si512(values));
   }
 
-  static Int interleave_order() {  // byte 4 l + i comes from byte l of part i
-    const Int lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const Int bytes = _mm512_mullo_epi32(lane, _mm512_set1_epi32(0x01010101));
-    return _mm512_add_epi8(bytes, _mm512_set1_epi32(0x30201000));
+  static Int load(const std::int32_t* values) { return _mm512_load_si512(values); }
+  static Int load_bytes(const std::uint8_t* bytes) { return _mm512_loadu_si512(bytes); }
+  static Int load_bytes_tail(const std::uint8_t* bytes, int count) {
+    return _mm512_maskz_loadu_epi8((std::uint64_t{1} << count) - 1u, bytes);
   }
-  static Int interleave_parts(__m128i a, __m128i b, __m128i c, __m128i d) {
-    Int parts = _mm512_castsi128_si512(a);
-    parts = _mm512_inserti32x4(parts, b, 1);
-    parts = _mm512_inserti32x4(parts, c, 2);
-    parts = _mm512_inserti32x4(parts, d, 3);
-    return _mm512_permutexvar_epi8(interleave_order(), parts);
-  }
-  static __m128i load(const std::uint8_t* bytes) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)); }
-  static Int interleave(const std::uint8_t* a, const std::uint8_t* b, const std::uint8_t* c, const std::uint8_t* d) {
-    return interleave_parts(load(a), load(b), load(c), load(d));
-  }
-  static Int interleave_tail(const std::uint8_t* a, const std::uint8_t* b, const std::uint8_t* c,
-                             const std::uint8_t* d, int bytes) {
-    const __mmask16 mask = first(bytes);
-    return interleave_parts(_mm_maskz_loadu_epi8(mask, a), _mm_maskz_loadu_epi8(mask, b),
-                            _mm_maskz_loadu_epi8(mask, c), _mm_maskz_loadu_epi8(mask, d));
-  }
+  static Int zip_bytes_low(Int a, Int b) { return _mm512_unpacklo_epi8(a, b); }
+  static Int zip_bytes_high(Int a, Int b) { return _mm512_unpackhi_epi8(a, b); }
+  static Int zip_pairs_low(Int a, Int b) { return _mm512_unpacklo_epi16(a, b); }
+  static Int zip_pairs_high(Int a, Int b) { return _mm512_unpackhi_epi16(a, b); }
 
   // A field stays where it lies in the byte.
   template <int Width, int Field>

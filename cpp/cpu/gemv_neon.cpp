@@ -54,28 +54,31 @@ struct Neon {
     return vcvtnq_s32_f32(vmulq_n_f32(values, factor));
   }
 
-  // A vector holds at most 32 outputs, which share a block: there is nothing to spread.
-  static Int lane_blocks(int, int) { return zero(); }
-  static Int spread(const std::int32_t* values, Int) { return broadcast(*values); }
+  // Lane d of vector v holds byte 4 v + d: four bytes, at most 32 outputs, lie in one block.
+  template <int Vector, int Fields>
+  static int lane_blocks(int begin, int block) {
+    return (begin + 4 * Vector * Fields) / block;
+  }
+  static Int spread(const std::int32_t* values, int lane_block) { return broadcast(values[lane_block]); }
 
-  static Int interleave_words(std::uint32_t a, std::uint32_t b, std::uint32_t c, std::uint32_t d) {
-    const uint8x8_t ab = vzip1_u8(vreinterpret_u8_u32(vdup_n_u32(a)), vreinterpret_u8_u32(vdup_n_u32(b)));
-    const uint8x8_t cd = vzip1_u8(vreinterpret_u8_u32(vdup_n_u32(c)), vreinterpret_u8_u32(vdup_n_u32(d)));
-    const uint16x4_t low = vzip1_u16(vreinterpret_u16_u8(ab), vreinterpret_u16_u8(cd));
-    const uint16x4_t high = vzip2_u16(vreinterpret_u16_u8(ab), vreinterpret_u16_u8(cd));
-    return vreinterpretq_s32_u16(vcombine_u16(low, high));
+  static Int load(const std::int32_t* values) { return vld1q_s32(values); }
+  static Int load_bytes(const std::uint8_t* bytes) { return vreinterpretq_s32_u8(vld1q_u8(bytes)); }
+  static Int load_bytes_tail(const std::uint8_t* bytes, int count) {
+    std::uint8_t padded[16] = {};
+    for (int i = 0; i < count; ++i) padded[i] = bytes[i];
+    return load_bytes(padded);
   }
-  static std::uint32_t load_word(const std::uint8_t* bytes, int count) {
-    std::uint32_t word = 0;
-    __builtin_memcpy(&word, bytes, static_cast<unsigned long>(count));
-    return word;
+  static Int zip_bytes_low(Int a, Int b) {
+    return vreinterpretq_s32_u8(vzip1q_u8(vreinterpretq_u8_s32(a), vreinterpretq_u8_s32(b)));
   }
-  static Int interleave(const std::uint8_t* a, const std::uint8_t* b, const std::uint8_t* c, const std::uint8_t* d) {
-    return interleave_words(load_word(a, 4), load_word(b, 4), load_word(c, 4), load_word(d, 4));
+  static Int zip_bytes_high(Int a, Int b) {
+    return vreinterpretq_s32_u8(vzip2q_u8(vreinterpretq_u8_s32(a), vreinterpretq_u8_s32(b)));
   }
-  static Int interleave_tail(const std::uint8_t* a, const std::uint8_t* b, const std::uint8_t* c,
-                             const std::uint8_t* d, int bytes) {
-    return interleave_words(load_word(a, bytes), load_word(b, bytes), load_word(c, bytes), load_word(d, bytes));
+  static Int zip_pairs_low(Int a, Int b) {
+    return vreinterpretq_s32_u16(vzip1q_u16(vreinterpretq_u16_s32(a), vreinterpretq_u16_s32(b)));
+  }
+  static Int zip_pairs_high(Int a, Int b) {
+    return vreinterpretq_s32_u16(vzip2q_u16(vreinterpretq_u16_s32(a), vreinterpretq_u16_s32(b)));
   }
 
   // The dot product takes signed bytes. The field at the top of the byte is moved down by half a byte; a field of

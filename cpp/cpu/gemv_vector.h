@@ -12,9 +12,17 @@
 //           dot with their four coefficients (int8), 32-bit sums
 //
 //         The coefficients x * gain * block_scale become 16-bit fixed point with one scale for a group of
-//         channels (all of one segment, so that they are alike), kept as two int8 halves: two dot products. Sums are
-//         exact integers inside a group and float32 across groups. The constant part of a level is one
+//         channels (all of one segment, so that they are alike), kept as two int8 halves: two dot products.
+//         Sums are exact integers inside a group and float32 across groups. The constant part of a level is one
 //         scalar for each block: (2^-bits - 1) * sum of coefficients, from the same integers.
+//
+//         Two quads of channels are read at a time, their rows from front to back, while the integer sums of
+//         all outputs stay in the first cache: long runs in the order of memory are what memory delivers
+//         fastest, and every byte is loaded once.
+//
+// ORDER   A chunk is kLanes * 4 bytes of a row. Interleaving within 128-bit parts gives four vectors:
+//         lane 4 k + d of vector v holds byte 16 k + 4 v + d of the chunk, and field f of byte b is output
+//         b * fields + f. Sums are kept as [chunk][vector][field][lane].
 #pragma once
 #include <cstdint>
 
@@ -23,13 +31,13 @@
 namespace grinqh::cpu {
 namespace {  // internal to each file that includes this
 
-constexpr int kGroup = 128;             // channels that share a fixed-point scale
+constexpr int kGroup = 64;  // channels that share a fixed-point scale
 constexpr int kQuads = kGroup / 4;
-constexpr int kStrip = 512;             // outputs for which a group's coefficients are made at a time
-constexpr int kMaxBlocks = kStrip / 32;
+constexpr int kMaxBlocks = static_cast<int>(kMaxOutputs) / 32;
 constexpr int kCoefficientStride = kMaxBlocks + 16;  // a whole vector may be loaded from any block on
-constexpr float kFixedPointMax = 32512.0f;  // both int8 halves of it fit: 127 * 256
-constexpr int kLineBytes = 64;
+constexpr float kFixedPointMax = 32512.0f;           // both int8 halves of it fit: 127 * 256
+constexpr int kMostChunkOutputs = 512;
+constexpr int kSums = static_cast<int>(kMaxOutputs) + kMostChunkOutputs;  // the last chunk may be partly unused
 
 constexpr int width_class(int width) { return width == 1 ? 0 : width == 2 ? 1 : width == 4 ? 2 : 3; }
 
@@ -38,270 +46,341 @@ constexpr float power_of_two(int exponent) {
   return __builtin_bit_cast(float, static_cast<std::uint32_t>(exponent + 127) << 23);
 }
 
-struct Group {
+// Channels of one segment that are worked on together.
+struct GroupChannels {
+  const std::int32_t* channel;
+  const float* coefficient;
+  int count;
+  int planes;
+};
+
+// The groups of a row's segments, in order.
+class Groups {
+ public:
+  explicit Groups(const GradedRow& row) : row_(row) {}
+  // A group of no channels when there are no more.
+  GroupChannels next() {
+    if (segment_ < row_.segments && at_ >= row_.segment[segment_].end) ++segment_;
+    if (segment_ >= row_.segments) return {nullptr, nullptr, 0, 0};
+    const Segment& segment = row_.segment[segment_];
+    if (at_ < segment.begin) at_ = segment.begin;
+    const std::int64_t left = segment.end - at_;
+    const int count = left < kGroup ? static_cast<int>(left) : kGroup;
+    const GroupChannels group{row_.channel + at_, row_.coefficient + at_, count, segment.planes};
+    at_ += count;
+    return group;
+  }
+
+ private:
+  const GradedRow& row_;
+  int segment_ = 0;
+  std::int64_t at_ = 0;
+};
+
+// A group's coefficients as fixed point, for every block of the range.
+struct Coefficients {
   int quads;
   std::int32_t channel[kGroup];  // padded with the first channel, whose padded coefficients are 0
   float unit;                    // what 1 of the fixed point is worth
   alignas(64) std::int32_t high[kQuads][kCoefficientStride];  // four int8 a block
   alignas(64) std::int32_t low[kQuads][kCoefficientStride];
-  std::int32_t sum[kMaxBlocks];  // of the coefficients
-};
-
-// Walks the rows of the group that comes next, a cache line a step: long runs in the order of memory are what the
-// memory delivers fastest, while the kernel itself reads a strip of every row at a time.
-struct Prefetcher {
-  const std::uint8_t* base;     // of the plane, at the first output of the range
-  std::int64_t stride;          // bytes from channel to channel
-  std::int64_t run;             // bytes of a channel in the range
-  const std::int32_t* channel;  // the next one to walk
-  const std::int32_t* last;     // past the end
-  const std::uint8_t* at;       // in the present channel
-  const std::uint8_t* end;
-
-  void step() {
-    if (at >= end) {
-      if (channel == last) return;
-      at = base + *channel++ * stride;
-      end = at + run;
-    }
-    __builtin_prefetch(at, 0, 2);
-    at += kLineBytes;
-  }
+  std::int32_t sum[kMaxBlocks];
 };
 
 template <typename Simd>
 class VectorKernel {
   using Int = typename Simd::Int;
-  static constexpr int kLanes = Simd::kLanes;  // 32-bit lanes: bytes of each channel in one vector
+  static constexpr int kLanes = Simd::kLanes;  // 32-bit lanes of a vector
+  static constexpr int kVectors = 4;           // that four rows' chunks are interleaved to
+  static constexpr int kChunkBytes = kLanes * kVectors;
 
  public:
   static void sum_channels(const PackedWeight& weight, const GradedRow& row, Range outputs, float* sums) {
-    // Sums by width class, in the order in which the fields leave the vectors.
-    alignas(64) float partial[4][kMaxOutputs];
-    float constant[kMaxOutputs / 32] = {};
+    alignas(64) float partial[4][kSums];  // by width class
+    float constant[kMaxBlocks] = {};
     bool used[4] = {};
     for (int p = 0; p < weight.widths.count; ++p) used[width_class(weight.widths.width[p])] = true;
+    const int count = static_cast<int>(outputs.end - outputs.begin);
     for (int c = 0; c < 4; ++c) {
-      for (int i = 0; used[c] && i < kMaxOutputs; ++i) partial[c][i] = 0.0f;
+      for (int i = 0; used[c] && i < count + kMostChunkOutputs; ++i) partial[c][i] = 0.0f;
     }
-    Group group;
-    const std::int64_t listed = row.segments > 0 ? row.segment[row.segments - 1].end : 0;
-    for (int s = 0; s < row.segments; ++s) {
-      const Segment& segment = row.segment[s];
-      const float middle = power_of_two(-weight.widths.bits(segment.planes)) - 1.0f;
-      for (std::int64_t i = segment.begin; i < segment.end; i += kGroup) {
-        const std::int64_t left = segment.end - i;
-        const int count = left < kGroup ? static_cast<int>(left) : kGroup;
-        const std::int64_t next_left = listed - (i + count);
-        const std::int32_t* next = row.channel + i + count;
-        const std::int32_t* next_end = next + (next_left < kGroup ? next_left : kGroup);
-        Prefetcher prefetcher[kMaxPlanes];
-        for (int p = 0; p < segment.planes; ++p) {
-          const int width = weight.widths.width[p];
-          const std::uint8_t* base = weight.plane[p] + outputs.begin * width / 8;
-          prefetcher[p] = {base, plane_row_bytes(weight.n, width), plane_row_bytes(outputs.end - outputs.begin, width),
-                           next, next_end, base, base};
-        }
-        for (std::int64_t begin = outputs.begin; begin < outputs.end; begin += kStrip) {
-          const Range strip{begin, begin + kStrip < outputs.end ? begin + kStrip : outputs.end};
-          const std::int64_t first_block = begin / weight.block;
-          const int blocks = static_cast<int>((strip.end - 1) / weight.block - first_block) + 1;
-          if (!fill_group(weight, row, i, count, first_block, blocks, group)) continue;
-          const std::int64_t at = begin - outputs.begin;
-          for (int b = 0; b < blocks; ++b) {
-            constant[at / weight.block + b] += group.unit * middle * static_cast<float>(group.sum[b]);
-          }
-          for (int p = 0; p < segment.planes; ++p) {
-            const int width = weight.widths.width[p];
-            add_plane(weight, p, group, prefetcher[p], strip, partial[width_class(width)] + at);
-          }
-        }
+    Groups groups(row);
+    Coefficients coefficients;
+    GroupChannels following = groups.next();
+    while (following.count > 0) {
+      const GroupChannels group = following;
+      following = groups.next();
+      prefetch_scales(weight, following, outputs);
+      if (!fill_coefficients(weight, group, outputs, coefficients)) continue;
+      const float middle = power_of_two(-weight.widths.bits(group.planes)) - 1.0f;
+      for (int b = 0; b * weight.block < count; ++b) {
+        constant[b] += coefficients.unit * middle * static_cast<float>(coefficients.sum[b]);
+      }
+      for (int p = 0; p < group.planes; ++p) {
+        const bool last = p + 1 == group.planes;
+        const Upcoming upcoming = last ? Upcoming{following.channel, following.count, 0}
+                                       : Upcoming{coefficients.channel, 4 * coefficients.quads, p + 1};
+        add_plane(weight, p, coefficients, upcoming, outputs, partial[width_class(weight.widths.width[p])]);
       }
     }
-    gather_sums(weight, outputs, used, partial, constant, sums);
+    gather_sums(weight, count, used, partial, constant, sums);
   }
 
  private:
-  // False where every coefficient is zero, so that there is nothing to add.
-  static bool fill_group(const PackedWeight& weight, const GradedRow& row, std::int64_t i, int count,
-                         std::int64_t first_block, int blocks, Group& group) {
+  template <int Value>
+  struct Constant {
+    static constexpr int value = Value;
+  };
+
+  // The rows that are read after a plane's: worth fetching while its last ones are multiplied.
+  struct Upcoming {
+    const std::int32_t* channel;
+    int count;
+    int plane;
+  };
+
+  static void prefetch_scales(const PackedWeight& weight, GroupChannels group, Range outputs) {
     const std::int64_t stride = block_count(weight.n, weight.block);
+    const std::int64_t first = outputs.begin / weight.block;
+    const std::int64_t blocks = block_count(outputs.end, weight.block) - first;
+    for (int c = 0; c < group.count; ++c) {
+      const std::uint16_t* scales = weight.block_scale + group.channel[c] * stride + first;
+      for (std::int64_t b = 0; b < blocks; b += 32) __builtin_prefetch(scales + b, 0, 2);  // a cache line holds 32
+    }
+  }
+
+  // False where every coefficient is zero, so that there is nothing to add.
+  static bool fill_coefficients(const PackedWeight& weight, GroupChannels group, Range outputs, Coefficients& out) {
+    const std::int64_t stride = block_count(weight.n, weight.block);
+    const std::int64_t first_block = outputs.begin / weight.block;
+    const int blocks = static_cast<int>(block_count(outputs.end, weight.block) - first_block);
     const std::uint16_t* scales = weight.block_scale + first_block;
-    group.quads = (count + 3) / 4;
+    out.quads = (group.count + 3) / 4;
     float largest = 0.0f;
     typename Simd::ScaleMax largest_scale{};
-    for (int c = 0; c < group.quads * 4; ++c) {
-      group.channel[c] = row.channel[c < count ? i + c : i];
-      if (c >= count) continue;
-      const float coefficient = row.coefficient[i + c];
-      const float magnitude = coefficient < 0.0f ? -coefficient : coefficient;
+    for (int c = 0; c < out.quads * 4; ++c) {
+      out.channel[c] = group.channel[c < group.count ? c : 0];
+      if (c >= group.count) continue;
+      const float magnitude = group.coefficient[c] < 0.0f ? -group.coefficient[c] : group.coefficient[c];
       largest = magnitude > largest ? magnitude : largest;
-      largest_scale.add(scales + group.channel[c] * stride, blocks);
+      largest_scale.add(scales + out.channel[c] * stride, blocks);
     }
     const float bound = largest * largest_scale.value();
     if (bound == 0.0f) return false;
-    group.unit = bound / kFixedPointMax;
+    out.unit = bound / kFixedPointMax;
     const float per_unit = kFixedPointMax / bound;
 
     for (int b = 0; b < blocks; b += kLanes) {
       const int lanes = blocks - b < kLanes ? blocks - b : kLanes;
       Int sum = Simd::zero();
-      for (int q = 0; q < group.quads; ++q) {
+      for (int q = 0; q < out.quads; ++q) {
         Int high = Simd::zero();
         Int low = Simd::zero();
         const auto add_channel = [&](auto place) {
           constexpr int kPlace = decltype(place)::value;
           const int c = 4 * q + kPlace;
-          const float factor = c < count ? row.coefficient[i + c] * per_unit : 0.0f;
-          const Int fixed = Simd::scaled_to_int(scales + group.channel[c] * stride + b, lanes, factor);
+          const float factor = c < group.count ? group.coefficient[c] * per_unit : 0.0f;
+          const Int fixed = Simd::scaled_to_int(scales + out.channel[c] * stride + b, lanes, factor);
           sum = Simd::add(sum, fixed);
-          high = Simd::bit_or(high, Simd::template place_byte<kPlace>(Simd::template shift_right<8>(
-                                        Simd::add(fixed, Simd::broadcast(128)))));
+          const Int rounded = Simd::template shift_right<8>(Simd::add(fixed, Simd::broadcast(128)));
+          high = Simd::bit_or(high, Simd::template place_byte<kPlace>(rounded));
           low = Simd::bit_or(low, Simd::template place_byte<kPlace>(fixed));
         };
         add_channel(Constant<0>{});
         add_channel(Constant<1>{});
         add_channel(Constant<2>{});
         add_channel(Constant<3>{});
-        Simd::store(group.high[q] + b, high);
-        Simd::store(group.low[q] + b, low);
+        Simd::store(out.high[q] + b, high);
+        Simd::store(out.low[q] + b, low);
       }
-      alignas(64) std::int32_t sums[kLanes];
-      Simd::store(sums, sum);
-      for (int lane = 0; lane < lanes; ++lane) group.sum[b + lane] = sums[lane];
+      alignas(64) std::int32_t block_sums[kLanes];
+      Simd::store(block_sums, sum);
+      for (int lane = 0; lane < lanes; ++lane) out.sum[b + lane] = block_sums[lane];
     }
     return true;
   }
 
-  template <int Value>
-  struct Constant {
-    static constexpr int value = Value;
-  };
-
-  static void add_plane(const PackedWeight& weight, int plane, const Group& group, Prefetcher& prefetcher,
+  static void add_plane(const PackedWeight& weight, int plane, const Coefficients& coefficients, Upcoming upcoming,
                         Range outputs, float* sums) {
     switch (weight.widths.width[plane]) {
-      case 1: add_plane_of<1>(weight, plane, group, prefetcher, outputs, sums); return;
-      case 2: add_plane_of<2>(weight, plane, group, prefetcher, outputs, sums); return;
-      case 4: add_plane_of<4>(weight, plane, group, prefetcher, outputs, sums); return;
-      default: add_plane_of<8>(weight, plane, group, prefetcher, outputs, sums); return;
+      case 1: add_plane_of<1>(weight, plane, coefficients, upcoming, outputs, sums); return;
+      case 2: add_plane_of<2>(weight, plane, coefficients, upcoming, outputs, sums); return;
+      case 4: add_plane_of<4>(weight, plane, coefficients, upcoming, outputs, sums); return;
+      default: add_plane_of<8>(weight, plane, coefficients, upcoming, outputs, sums); return;
     }
   }
 
   template <int Width>
-  static void add_plane_of(const PackedWeight& weight, int plane, const Group& group, Prefetcher& prefetcher,
+  static void add_plane_of(const PackedWeight& weight, int plane, const Coefficients& coefficients, Upcoming upcoming,
                            Range outputs, float* sums) {
-    const std::int64_t stride = plane_row_bytes(weight.n, Width);
     const std::uint8_t* base = weight.plane[plane] + outputs.begin * Width / 8;
-    const std::uint8_t* row[kGroup];
-    for (int c = 0; c < group.quads * 4; ++c) {
-      row[c] = base + group.channel[c] * stride;
-    }
-    const float unit = group.unit * power_of_two(1 - weight.widths.bits(plane + 1));
-    const int block = static_cast<int>(weight.block);
+    const std::int64_t stride = plane_row_bytes(weight.n, Width);
     const int bytes = static_cast<int>(plane_row_bytes(outputs.end - outputs.begin, Width));
-    constexpr int kOutputs = kLanes * 8 / Width;  // of one vector
-    for (int line = 0; line < bytes; line += kLineBytes) {
-      const int left = bytes - line < kLineBytes ? bytes - line : kLineBytes;
-      const int chunks = (left + kLanes - 1) / kLanes;
-      alignas(64) Int staged[kLineBytes / kLanes][kQuads];
-      interleave_line(row, group.quads, line, left, staged);
-      for (int chunk = 0; chunk < chunks; ++chunk) {
-        const int first = (line + chunk * kLanes) * 8 / Width;
-        if (block % kOutputs == 0) {
-          add_chunk<Width, true>(group, staged[chunk], prefetcher, first / block, block, unit, sums + first);
-        } else {
-          add_chunk<Width, false>(group, staged[chunk], prefetcher, first / block, block, unit, sums + first);
-        }
-      }
-    }
-  }
-
-  // Reads a cache line of every row once: rows may lie a power of two apart, where few fit in the first cache.
-  static void interleave_line(const std::uint8_t* const* row, int quads, int line, int bytes,
-                              Int (*staged)[kQuads]) {
-    for (int q = 0; q < quads; ++q) {
-      const std::uint8_t* a = row[4 * q] + line;
-      const std::uint8_t* b = row[4 * q + 1] + line;
-      const std::uint8_t* c = row[4 * q + 2] + line;
-      const std::uint8_t* d = row[4 * q + 3] + line;
-      int at = 0;
-      for (; at + kLanes <= bytes; at += kLanes) {
-        staged[at / kLanes][q] = Simd::interleave(a + at, b + at, c + at, d + at);
-      }
-      if (at < bytes) staged[at / kLanes][q] = Simd::interleave_tail(a + at, b + at, c + at, d + at, bytes - at);
-    }
-  }
-
-  // One vector of outputs over all channels of the group.
-  template <int Width, bool OneBlock>
-  static __attribute__((noinline)) void add_chunk(const Group& group, const Int* staged,
-                                                  Prefetcher& prefetcher, int block, int block_size, float unit,
-                                                  float* sums) {
-    constexpr int kFields = 8 / Width;
-    const Int lane_block = OneBlock ? Simd::zero() : Simd::lane_blocks(kFields, block_size);
-    const std::int32_t* high_coefficients = group.high[0] + block;
-    const std::int32_t* low_coefficients = group.low[0] + block;
-    Int high[kFields];
-    Int low[kFields];
-    clear_fields<Width, 0>(high, low);
-    Prefetcher ahead = prefetcher;
-    for (int q = 0; q < group.quads; ++q) {
-      ahead.step();
-      const std::int32_t* high_at = high_coefficients + q * kCoefficientStride;
-      const std::int32_t* low_at = low_coefficients + q * kCoefficientStride;
-      const Int high_coefficient = OneBlock ? Simd::broadcast(*high_at) : Simd::spread(high_at, lane_block);
-      const Int low_coefficient = OneBlock ? Simd::broadcast(*low_at) : Simd::spread(low_at, lane_block);
-      add_fields<Width, 0>(staged[q], high_coefficient, low_coefficient, high, low);
-    }
-    prefetcher = ahead;
-    flush_fields<Width, 0>(high, low, unit, sums);
-  }
-
-  // The fields are unrolled by recursion: with constant indices the sums stay in registers.
-  template <int Width, int Field>
-  static inline __attribute__((always_inline)) void clear_fields(Int* high, Int* low) {
-    high[Field] = low[Field] = Simd::zero();
-    if constexpr ((Field + 1) * Width < 8) clear_fields<Width, Field + 1>(high, low);
-  }
-
-  template <int Width, int Field>
-  static inline __attribute__((always_inline)) void add_fields(Int bytes, Int high_coefficient, Int low_coefficient,
-                                                               Int* high, Int* low) {
-    const Int field = Simd::template field<Width, Field>(bytes);
-    high[Field] = Simd::template dot<Width, Field>(high[Field], field, high_coefficient);
-    low[Field] = Simd::template dot<Width, Field>(low[Field], field, low_coefficient);
-    if constexpr ((Field + 1) * Width < 8) {
-      add_fields<Width, Field + 1>(bytes, high_coefficient, low_coefficient, high, low);
-    }
-  }
-
-  template <int Width, int Field>
-  static inline __attribute__((always_inline)) void flush_fields(const Int* high, const Int* low, float unit,
-                                                                 float* sums) {
-    constexpr float kPlace = power_of_two(-Simd::template field_exponent<Width, Field>());
-    Simd::add_scaled(sums + Field * kLanes, Simd::add(Simd::template shift_left<8>(high[Field]), low[Field]),
-                     unit * kPlace);
-    if constexpr ((Field + 1) * Width < 8) flush_fields<Width, Field + 1>(high, low, unit, sums);
-  }
-
-  // Field f of byte l of a chunk is output l * fields + f of the chunk.
-  static void gather_sums(const PackedWeight& weight, Range outputs, const bool* used,
-                          const float (*partial)[kMaxOutputs], const float* constant, float* sums) {
-    const int count = static_cast<int>(outputs.end - outputs.begin);
     const int block = static_cast<int>(weight.block);
-    for (int i = 0; i < count; ++i) sums[i] = constant[i / block];
-    for (int c = 0; c < 4; ++c) {
-      if (!used[c]) continue;
-      const int fields = 8 >> c;
-      const int chunk_outputs = kLanes * fields;
-      for (int begin = 0; begin < count; begin += chunk_outputs) {
-        const int end = begin + chunk_outputs < count ? begin + chunk_outputs : count;
-        for (int i = begin; i < end; ++i) {
-          const int within = i - begin;
-          sums[i] += partial[c][begin + within % fields * kLanes + within / fields];
+    alignas(64) std::int32_t high[kSums];
+    alignas(64) std::int32_t low[kSums];
+    const std::uint8_t* row[kGroup + 8];
+    const int rows = coefficients.quads * 4;
+    for (int c = 0; c < rows; ++c) row[c] = base + coefficients.channel[c] * stride;
+    const int next_width = weight.widths.width[upcoming.plane];
+    const std::uint8_t* next_base = weight.plane[upcoming.plane] + outputs.begin * next_width / 8;
+    for (int c = 0; c < 8; ++c) {
+      row[rows + c] = c < upcoming.count
+                          ? next_base + upcoming.channel[c] * plane_row_bytes(weight.n, next_width)
+                          : row[0];  // in the cache already
+    }
+
+    add_rows<Width, true>(coefficients, row, 0, bytes, block, high, low);
+    for (int q = coefficients.quads % 2 == 0 ? 2 : 1; q < coefficients.quads; q += 2) {
+      add_rows<Width, false>(coefficients, row, q, bytes, block, high, low);
+    }
+
+    constexpr int kFields = 8 / Width;
+    const float unit = coefficients.unit * power_of_two(1 - weight.widths.bits(plane + 1));
+    const int vectors = (bytes + kChunkBytes - 1) / kChunkBytes * kVectors;
+    for (int v = 0; v < vectors; ++v) {
+      const int at = v * kFields * kLanes;
+      add_to_float<Width, 0>(high + at, low + at, unit, sums + at);
+    }
+  }
+
+  template <int Width, int Field>
+  static inline __attribute__((always_inline)) void add_to_float(const std::int32_t* high, const std::int32_t* low,
+                                                                 float unit, float* sums) {
+    constexpr float kPlace = power_of_two(-Simd::template field_exponent<Width, Field>());
+    constexpr int kAt = Field * kLanes;
+    const Int sum = Simd::add(Simd::template shift_left<8>(Simd::load(high + kAt)), Simd::load(low + kAt));
+    Simd::add_scaled(sums + kAt, sum, unit * kPlace);
+    if constexpr ((Field + 1) * Width < 8) add_to_float<Width, Field + 1>(high, low, unit, sums);
+  }
+
+  // Rows of two quads from the front to the end of the range (of one quad if First and their number is odd).
+  template <int Width, bool First>
+  static void add_rows(const Coefficients& coefficients, const std::uint8_t* const* row, int quad, int bytes,
+                       int block, std::int32_t* high, std::int32_t* low) {
+    const bool two = !First || coefficients.quads % 2 == 0;
+    const int ahead = 4 * (quad + (two ? 2 : 1));
+    constexpr int kFields = 8 / Width;
+    constexpr int kChunkOutputs = kChunkBytes * kFields;
+    for (int at = 0; at < bytes; at += kChunkBytes) {
+      const int left = bytes - at < kChunkBytes ? bytes - at : kChunkBytes;
+      const int first_output = at * kFields;
+      for (int r = 0; r < 8; ++r) __builtin_prefetch(row[ahead + r] + at, 0, 2);
+      const std::uint8_t* const* rows = row + 4 * quad;
+      const std::int32_t* high_coefficients = coefficients.high[quad] + first_output / block;
+      const std::int32_t* low_coefficients = coefficients.low[quad] + first_output / block;
+      const int sums = at / kChunkBytes * kChunkOutputs;
+      const int begin = first_output % block;
+      if (two) {
+        add_chunk<Width, First, true>(rows, at, left, begin, block, high_coefficients, low_coefficients, high + sums,
+                                      low + sums);
+      } else {
+        add_chunk<Width, First, false>(rows, at, left, begin, block, high_coefficients, low_coefficients, high + sums,
+                                       low + sums);
+      }
+    }
+  }
+
+  // Four interleaved vectors of a chunk of four rows.
+  struct Quad {
+    Int vector[kVectors];
+    Quad(const std::uint8_t* const* row, int at, int bytes) {
+      const Int a = load_row(row[0] + at, bytes), b = load_row(row[1] + at, bytes);
+      const Int c = load_row(row[2] + at, bytes), d = load_row(row[3] + at, bytes);
+      const Int ab_low = Simd::zip_bytes_low(a, b), ab_high = Simd::zip_bytes_high(a, b);
+      const Int cd_low = Simd::zip_bytes_low(c, d), cd_high = Simd::zip_bytes_high(c, d);
+      vector[0] = Simd::zip_pairs_low(ab_low, cd_low);
+      vector[1] = Simd::zip_pairs_high(ab_low, cd_low);
+      vector[2] = Simd::zip_pairs_low(ab_high, cd_high);
+      vector[3] = Simd::zip_pairs_high(ab_high, cd_high);
+    }
+    static Int load_row(const std::uint8_t* bytes, int count) {
+      return count == kChunkBytes ? Simd::load_bytes(bytes) : Simd::load_bytes_tail(bytes, count);
+    }
+  };
+
+  template <int Width, bool First, bool Two>
+  static __attribute__((noinline)) void add_chunk(const std::uint8_t* const* row, int at, int bytes, int begin,
+                                                  int block, const std::int32_t* high_coefficients,
+                                                  const std::int32_t* low_coefficients, std::int32_t* high,
+                                                  std::int32_t* low) {
+    const Quad one(row, at, bytes);
+    const Quad two(row + (Two ? 4 : 0), at, bytes);
+    add_vectors<Width, First, Two, 0>(one, two, begin, block, high_coefficients, low_coefficients, high, low);
+  }
+
+  template <int Width, bool First, bool Two, int Vector>
+  static inline __attribute__((always_inline)) void add_vectors(const Quad& one, const Quad& two, int begin, int block,
+                                                                const std::int32_t* high_coefficients,
+                                                                const std::int32_t* low_coefficients,
+                                                                std::int32_t* high, std::int32_t* low) {
+    constexpr int kFields = 8 / Width;
+    constexpr int kSecond = Two ? kCoefficientStride : 0;
+    // Which of the coefficients' blocks each lane belongs to.
+    const auto lane_block = Simd::template lane_blocks<Vector, kFields>(begin, block);
+    const Int high_one = Simd::spread(high_coefficients, lane_block);
+    const Int low_one = Simd::spread(low_coefficients, lane_block);
+    const Int high_two = Simd::spread(high_coefficients + kSecond, lane_block);
+    const Int low_two = Simd::spread(low_coefficients + kSecond, lane_block);
+    constexpr int kAt = Vector * kFields * kLanes;
+    add_fields<Width, First, Two, 0>(one.vector[Vector], two.vector[Vector], high_one, low_one, high_two, low_two,
+                                     high + kAt, low + kAt);
+    if constexpr (Vector + 1 < kVectors) {
+      add_vectors<Width, First, Two, Vector + 1>(one, two, begin, block, high_coefficients, low_coefficients, high,
+                                                 low);
+    }
+  }
+
+  template <int Width, bool First, bool Two, int Field>
+  static inline __attribute__((always_inline)) void add_fields(Int one, Int two, Int high_one, Int low_one,
+                                                               Int high_two, Int low_two, std::int32_t* high,
+                                                               std::int32_t* low) {
+    constexpr int kAt = Field * kLanes;
+    Int high_sum = First ? Simd::zero() : Simd::load(high + kAt);
+    Int low_sum = First ? Simd::zero() : Simd::load(low + kAt);
+    const Int field_one = Simd::template field<Width, Field>(one);
+    high_sum = Simd::template dot<Width, Field>(high_sum, field_one, high_one);
+    low_sum = Simd::template dot<Width, Field>(low_sum, field_one, low_one);
+    if constexpr (Two) {
+      const Int field_two = Simd::template field<Width, Field>(two);
+      high_sum = Simd::template dot<Width, Field>(high_sum, field_two, high_two);
+      low_sum = Simd::template dot<Width, Field>(low_sum, field_two, low_two);
+    }
+    Simd::store(high + kAt, high_sum);
+    Simd::store(low + kAt, low_sum);
+    if constexpr ((Field + 1) * Width < 8) {
+      add_fields<Width, First, Two, Field + 1>(one, two, high_one, low_one, high_two, low_two, high, low);
+    }
+  }
+
+  static void gather_sums(const PackedWeight& weight, int count, const bool* used, const float (*partial)[kSums],
+                          const float* constant, float* sums) {
+    const int block = static_cast<int>(weight.block);
+    for (int begin = 0; begin < count; begin += block) {
+      for (int i = begin; i < begin + block && i < count; ++i) sums[i] = constant[begin / block];
+    }
+    if (used[0]) gather_class<1>(count, partial[0], sums);
+    if (used[1]) gather_class<2>(count, partial[1], sums);
+    if (used[2]) gather_class<4>(count, partial[2], sums);
+    if (used[3]) gather_class<8>(count, partial[3], sums);
+  }
+
+  template <int Width>
+  static void gather_class(int count, const float* partial, float* sums) {
+    constexpr int kFields = 8 / Width;
+    constexpr int kChunkOutputs = kChunkBytes * kFields;
+    for (int chunk = 0; chunk < count; chunk += kChunkOutputs) {
+      alignas(64) float ordered[kChunkOutputs];
+      for (int part = 0; part < kLanes; part += 4) {
+        for (int vector = 0; vector < kVectors; ++vector) {
+          for (int field = 0; field < kFields; ++field) {
+            const float* from = partial + chunk + (vector * kFields + field) * kLanes + part;
+            float* to = ordered + (4 * part + 4 * vector) * kFields + field;
+            for (int d = 0; d < 4; ++d) to[d * kFields] = from[d];
+          }
         }
       }
+      for (int i = 0; i < kChunkOutputs && chunk + i < count; ++i) sums[chunk + i] += ordered[i];
     }
   }
 };
