@@ -47,7 +47,7 @@ struct Partition {
 
 // What is known of a slice of a row before its weights are touched.
 struct PreparedSlice {
-  std::vector<float> values;         // x in stored order
+  std::vector<float> values;  // x in stored order
   std::vector<std::uint8_t> grades;
   std::vector<std::int32_t> channel;
   std::vector<float> coefficient;

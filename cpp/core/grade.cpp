@@ -1,11 +1,10 @@
-#include "grading.h"
-
 #include <algorithm>
 #include <bit>
 #include <cmath>
 #include <limits>
 #include <vector>
 
+#include "grading.h"
 #include "grinqh/core.h"
 #include "half.h"
 #include "parallel.h"
@@ -23,8 +22,7 @@ RowThresholds scaled(const float* thresholds, int planes, float factor) {
   return result;
 }
 
-std::int64_t bits_read(const PackedWeight& weight, const RowThresholds& thresholds,
-                       std::span<const float> importance) {
+std::int64_t bits_read(const PackedWeight& weight, const RowThresholds& thresholds, std::span<const float> importance) {
   std::int64_t sum = 0;
   for (int p = 0; p < weight.widths.count; ++p) {
     std::int64_t count = 0;
@@ -66,7 +64,9 @@ void gather_row(const void* x_row, Dtype dtype, const PackedWeight& weight, std:
     for (std::size_t i = 0; i < values.size(); ++i) values[i] = load(feature[i]);
   };
   switch (dtype) {
-    case Dtype::f32: gather([x = static_cast<const float*>(x_row)](std::int32_t j) { return x[j]; }); return;
+    case Dtype::f32:
+      gather([x = static_cast<const float*>(x_row)](std::int32_t j) { return x[j]; });
+      return;
     case Dtype::f16:
       gather([x = static_cast<const std::uint16_t*>(x_row)](std::int32_t j) { return half_to_float(x[j]); });
       return;

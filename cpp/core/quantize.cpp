@@ -37,9 +37,9 @@ Status row_scales(const QuantizeParams& params, const Executor& executor) {
 
 // What is needed to know a channel's error at each number of bits for any gain.
 struct ChannelMoments {
-  double weight_square = 0.0;                       // sum of w^2
-  std::array<double, kBitCounts> product{};         // sum of w * w_b at gain 1
-  std::array<double, kBitCounts> level_square{};    // sum of w_b^2 at gain 1
+  double weight_square = 0.0;                     // sum of w^2
+  std::array<double, kBitCounts> product{};       // sum of w * w_b at gain 1
+  std::array<double, kBitCounts> level_square{};  // sum of w_b^2 at gain 1
 };
 
 std::uint8_t encode(float weight, float scale) {

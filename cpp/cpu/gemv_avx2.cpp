@@ -57,8 +57,7 @@ struct Avx2 {
   template <int Vector, int Fields>
   static Int lane_blocks(int begin, int block) {
     const Int byte = _mm256_set_epi32(19, 18, 17, 16, 3, 2, 1, 0);
-    const Int output =
-        _mm256_slli_epi32(_mm256_add_epi32(byte, _mm256_set1_epi32(4 * Vector)), __builtin_ctz(Fields));
+    const Int output = _mm256_slli_epi32(_mm256_add_epi32(byte, _mm256_set1_epi32(4 * Vector)), __builtin_ctz(Fields));
     return _mm256_srl_epi32(_mm256_add_epi32(output, _mm256_set1_epi32(begin)),
                             _mm_cvtsi32_si128(__builtin_ctz(static_cast<unsigned>(block))));
   }
@@ -146,7 +145,9 @@ struct Avx2 {
 
   static void store_eight(__m256 scaled, Dtype dtype, void* out) {
     switch (dtype) {
-      case Dtype::f32: _mm256_storeu_ps(static_cast<float*>(out), scaled); return;
+      case Dtype::f32:
+        _mm256_storeu_ps(static_cast<float*>(out), scaled);
+        return;
       case Dtype::f16:
         _mm_storeu_si128(static_cast<__m128i*>(out),
                          _mm256_cvtps_ph(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -154,8 +155,7 @@ struct Avx2 {
       case Dtype::bf16: {  // weights are finite: ties to even is an addition
         const Int pattern = _mm256_castps_si256(scaled);
         const Int odd = _mm256_and_si256(_mm256_srli_epi32(pattern, 16), _mm256_set1_epi32(1));
-        const Int rounded =
-            _mm256_srli_epi32(add(add(pattern, _mm256_set1_epi32(0x7fff)), odd), 16);
+        const Int rounded = _mm256_srli_epi32(add(add(pattern, _mm256_set1_epi32(0x7fff)), odd), 16);
         const Int packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08);
         _mm_storeu_si128(static_cast<__m128i*>(out), _mm256_castsi256_si128(packed));
         return;
@@ -188,8 +188,6 @@ struct Avx2 {
 
 }  // namespace
 
-Kernels avx2_kernels() {
-  return {VectorKernel<Avx2>::sum_channels, Avx2::decode_channel, Avx2::scale_and_store};
-}
+Kernels avx2_kernels() { return {VectorKernel<Avx2>::sum_channels, Avx2::decode_channel, Avx2::scale_and_store}; }
 
 }  // namespace grinqh::cpu

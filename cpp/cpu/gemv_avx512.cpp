@@ -103,8 +103,10 @@ struct Avx512 {
   // 8 i to 8 i + 7.
   static Int load_codes(const std::uint8_t* bytes, std::int64_t left, int width) {
     switch (width) {
-      case 1: return _mm512_cvtepu8_epi64(_mm_maskz_loadu_epi8(first_bytes(left < 8 ? left : 8), bytes));
-      case 2: return _mm512_cvtepu16_epi64(_mm_maskz_loadu_epi8(first_bytes(left < 16 ? left : 16), bytes));
+      case 1:
+        return _mm512_cvtepu8_epi64(_mm_maskz_loadu_epi8(first_bytes(left < 8 ? left : 8), bytes));
+      case 2:
+        return _mm512_cvtepu16_epi64(_mm_maskz_loadu_epi8(first_bytes(left < 16 ? left : 16), bytes));
       case 4:
         return _mm512_cvtepu32_epi64(
             _mm256_maskz_loadu_epi8(static_cast<__mmask32>(left < 32 ? (1u << left) - 1u : ~0u), bytes));
@@ -137,7 +139,8 @@ struct Avx512 {
       for (int i = 0; i < 64 && n + i < outputs.end; i += 16) {
         const __m128i sixteen = _mm_load_si128(reinterpret_cast<const __m128i*>(codes + i));
         // Exact: a level has at most 8 bits, so no product or sum rounds.
-        const __m512 level = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(sixteen)), step), middle);
+        const __m512 level =
+            _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(sixteen)), step), middle);
         const __m512 scaled = _mm512_mul_ps(level, _mm512_set1_ps(to_float(scales[(n + i) >> block_bits])));
         const std::int64_t left = outputs.end - n - i;
         _mm512_mask_storeu_ps(values + (n + i - outputs.begin), first_bytes(left < 16 ? left : 16), scaled);
@@ -152,7 +155,9 @@ struct Avx512 {
       const __m512 scaled = _mm512_mul_ps(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, values + i), _mm512_set1_ps(gain)),
                                           _mm512_maskz_loadu_ps(mask, row_scale + i));
       switch (dtype) {
-        case Dtype::f32: _mm512_mask_storeu_ps(static_cast<float*>(out) + i, mask, scaled); break;
+        case Dtype::f32:
+          _mm512_mask_storeu_ps(static_cast<float*>(out) + i, mask, scaled);
+          break;
         case Dtype::f16:
           _mm256_mask_storeu_epi16(static_cast<std::uint16_t*>(out) + i, mask,
                                    _mm512_cvtps_ph(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

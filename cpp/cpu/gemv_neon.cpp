@@ -133,7 +133,9 @@ struct Neon {
     for (std::int64_t i = 0; i < count; ++i) {
       const float scaled = values[i] * gain * row_scale[i];
       switch (dtype) {
-        case Dtype::f32: static_cast<float*>(out)[i] = scaled; break;
+        case Dtype::f32:
+          static_cast<float*>(out)[i] = scaled;
+          break;
         case Dtype::f16:
           static_cast<std::uint16_t*>(out)[i] =
               vget_lane_u16(vreinterpret_u16_f16(vcvt_f16_f32(vdupq_n_f32(scaled))), 0);
@@ -151,8 +153,6 @@ struct Neon {
 
 }  // namespace
 
-Kernels neon_kernels() {
-  return {VectorKernel<Neon>::sum_channels, Neon::decode_channel, Neon::scale_and_store};
-}
+Kernels neon_kernels() { return {VectorKernel<Neon>::sum_channels, Neon::decode_channel, Neon::scale_and_store}; }
 
 }  // namespace grinqh::cpu

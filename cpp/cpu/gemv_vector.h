@@ -203,10 +203,18 @@ class VectorKernel {
   static void add_plane(const PackedWeight& weight, int plane, const Coefficients& coefficients, Upcoming upcoming,
                         Range outputs, float* sums) {
     switch (weight.widths.width[plane]) {
-      case 1: add_plane_of<1>(weight, plane, coefficients, upcoming, outputs, sums); return;
-      case 2: add_plane_of<2>(weight, plane, coefficients, upcoming, outputs, sums); return;
-      case 4: add_plane_of<4>(weight, plane, coefficients, upcoming, outputs, sums); return;
-      default: add_plane_of<8>(weight, plane, coefficients, upcoming, outputs, sums); return;
+      case 1:
+        add_plane_of<1>(weight, plane, coefficients, upcoming, outputs, sums);
+        return;
+      case 2:
+        add_plane_of<2>(weight, plane, coefficients, upcoming, outputs, sums);
+        return;
+      case 4:
+        add_plane_of<4>(weight, plane, coefficients, upcoming, outputs, sums);
+        return;
+      default:
+        add_plane_of<8>(weight, plane, coefficients, upcoming, outputs, sums);
+        return;
     }
   }
 
@@ -225,9 +233,8 @@ class VectorKernel {
     const int next_width = weight.widths.width[upcoming.plane];
     const std::uint8_t* next_base = weight.plane[upcoming.plane] + outputs.begin * next_width / 8;
     for (int c = 0; c < 8; ++c) {
-      row[rows + c] = c < upcoming.count
-                          ? next_base + upcoming.channel[c] * plane_row_bytes(weight.n, next_width)
-                          : row[0];  // in the cache already
+      row[rows + c] = c < upcoming.count ? next_base + upcoming.channel[c] * plane_row_bytes(weight.n, next_width)
+                                         : row[0];  // in the cache already
     }
 
     add_rows<Width, true>(coefficients, row, 0, bytes, block, high, low);
@@ -256,8 +263,8 @@ class VectorKernel {
 
   // Rows of two quads from the front to the end of the range (of one quad if First and their number is odd).
   template <int Width, bool First>
-  static void add_rows(const Coefficients& coefficients, const std::uint8_t* const* row, int quad, int bytes,
-                       int block, std::int32_t* high, std::int32_t* low) {
+  static void add_rows(const Coefficients& coefficients, const std::uint8_t* const* row, int quad, int bytes, int block,
+                       std::int32_t* high, std::int32_t* low) {
     const bool two = !First || coefficients.quads % 2 == 0;
     const int ahead = 4 * (quad + (two ? 2 : 1));
     constexpr int kFields = 8 / Width;
@@ -299,6 +306,20 @@ class VectorKernel {
     }
   };
 
+  // The coefficients of two quads, each lane with that of its block.
+  struct Spread {
+    Int high_one, low_one, high_two, low_two;
+    Spread() = default;
+    template <typename LaneBlocks>
+    Spread(const std::int32_t* high, const std::int32_t* low, bool two, LaneBlocks lane_block) {
+      const int second = two ? kCoefficientStride : 0;
+      high_one = Simd::spread(high, lane_block);
+      low_one = Simd::spread(low, lane_block);
+      high_two = Simd::spread(high + second, lane_block);
+      low_two = Simd::spread(low + second, lane_block);
+    }
+  };
+
   template <int Width, bool First, bool Two>
   static __attribute__((noinline)) void add_chunk(const std::uint8_t* const* row, int at, int bytes, int begin,
                                                   int block, const std::int32_t* high_coefficients,
@@ -306,50 +327,56 @@ class VectorKernel {
                                                   std::int32_t* low) {
     const Quad one(row, at, bytes);
     const Quad two(row + (Two ? 4 : 0), at, bytes);
-    add_vectors<Width, First, Two, 0>(one, two, begin, block, high_coefficients, low_coefficients, high, low);
+    if (block * Width % (16 * 8) == 0) {  // all vectors spread over the blocks alike
+      const Spread spread(high_coefficients, low_coefficients, Two,
+                          Simd::template lane_blocks<0, 8 / Width>(begin, block));
+      add_vectors<Width, First, Two, true, 0>(one, two, spread, begin, block, high_coefficients, low_coefficients, high,
+                                              low);
+    } else {
+      add_vectors<Width, First, Two, false, 0>(one, two, Spread{}, begin, block, high_coefficients, low_coefficients,
+                                               high, low);
+    }
   }
 
-  template <int Width, bool First, bool Two, int Vector>
-  static inline __attribute__((always_inline)) void add_vectors(const Quad& one, const Quad& two, int begin, int block,
+  template <int Width, bool First, bool Two, bool Shared, int Vector>
+  static inline __attribute__((always_inline)) void add_vectors(const Quad& one, const Quad& two, const Spread& shared,
+                                                                int begin, int block,
                                                                 const std::int32_t* high_coefficients,
                                                                 const std::int32_t* low_coefficients,
                                                                 std::int32_t* high, std::int32_t* low) {
     constexpr int kFields = 8 / Width;
-    constexpr int kSecond = Two ? kCoefficientStride : 0;
-    // Which of the coefficients' blocks each lane belongs to.
-    const auto lane_block = Simd::template lane_blocks<Vector, kFields>(begin, block);
-    const Int high_one = Simd::spread(high_coefficients, lane_block);
-    const Int low_one = Simd::spread(low_coefficients, lane_block);
-    const Int high_two = Simd::spread(high_coefficients + kSecond, lane_block);
-    const Int low_two = Simd::spread(low_coefficients + kSecond, lane_block);
     constexpr int kAt = Vector * kFields * kLanes;
-    add_fields<Width, First, Two, 0>(one.vector[Vector], two.vector[Vector], high_one, low_one, high_two, low_two,
-                                     high + kAt, low + kAt);
+    if constexpr (Shared) {
+      add_fields<Width, First, Two, 0>(one.vector[Vector], two.vector[Vector], shared, high + kAt, low + kAt);
+    } else {
+      const Spread own(high_coefficients, low_coefficients, Two,
+                       Simd::template lane_blocks<Vector, kFields>(begin, block));
+      add_fields<Width, First, Two, 0>(one.vector[Vector], two.vector[Vector], own, high + kAt, low + kAt);
+    }
     if constexpr (Vector + 1 < kVectors) {
-      add_vectors<Width, First, Two, Vector + 1>(one, two, begin, block, high_coefficients, low_coefficients, high,
-                                                 low);
+      add_vectors<Width, First, Two, Shared, Vector + 1>(one, two, shared, begin, block, high_coefficients,
+                                                         low_coefficients, high, low);
     }
   }
 
   template <int Width, bool First, bool Two, int Field>
-  static inline __attribute__((always_inline)) void add_fields(Int one, Int two, Int high_one, Int low_one,
-                                                               Int high_two, Int low_two, std::int32_t* high,
-                                                               std::int32_t* low) {
+  static inline __attribute__((always_inline)) void add_fields(Int one, Int two, const Spread& spread,
+                                                               std::int32_t* high, std::int32_t* low) {
     constexpr int kAt = Field * kLanes;
     Int high_sum = First ? Simd::zero() : Simd::load(high + kAt);
     Int low_sum = First ? Simd::zero() : Simd::load(low + kAt);
     const Int field_one = Simd::template field<Width, Field>(one);
-    high_sum = Simd::template dot<Width, Field>(high_sum, field_one, high_one);
-    low_sum = Simd::template dot<Width, Field>(low_sum, field_one, low_one);
+    high_sum = Simd::template dot<Width, Field>(high_sum, field_one, spread.high_one);
+    low_sum = Simd::template dot<Width, Field>(low_sum, field_one, spread.low_one);
     if constexpr (Two) {
       const Int field_two = Simd::template field<Width, Field>(two);
-      high_sum = Simd::template dot<Width, Field>(high_sum, field_two, high_two);
-      low_sum = Simd::template dot<Width, Field>(low_sum, field_two, low_two);
+      high_sum = Simd::template dot<Width, Field>(high_sum, field_two, spread.high_two);
+      low_sum = Simd::template dot<Width, Field>(low_sum, field_two, spread.low_two);
     }
     Simd::store(high + kAt, high_sum);
     Simd::store(low + kAt, low_sum);
     if constexpr ((Field + 1) * Width < 8) {
-      add_fields<Width, First, Two, Field + 1>(one, two, high_one, low_one, high_two, low_two, high, low);
+      add_fields<Width, First, Two, Field + 1>(one, two, spread, high, low);
     }
   }
 

@@ -1,9 +1,8 @@
 // torch.ops.grinqh: the schemas and the CPU kernels. docs/ops.md documents shapes and dtypes.
-#include "ops_common.h"
-
 #include <algorithm>
 
 #include "core/validate.h"
+#include "ops_common.h"
 
 namespace grinqh::binding {
 namespace {
@@ -24,12 +23,12 @@ struct LayerArguments {
 
   PackedTensors packed() const { return {planes, block_scale, row_scale, gain, channel_order, widths, block}; }
 };
-#define GRINQH_LAYER_PARAMETERS                                                                              \
-  std::vector<Tensor> planes, Tensor block_scale, Tensor row_scale, Tensor gain, Tensor channel_order,       \
-      Tensor channel_weight, Tensor thresholds, std::vector<int64_t> widths, int64_t block,                  \
+#define GRINQH_LAYER_PARAMETERS                                                                        \
+  std::vector<Tensor> planes, Tensor block_scale, Tensor row_scale, Tensor gain, Tensor channel_order, \
+      Tensor channel_weight, Tensor thresholds, std::vector<int64_t> widths, int64_t block,            \
       std::optional<Tensor> bias, std::optional<Tensor> budget
-#define GRINQH_LAYER_ARGUMENTS                                                                               \
-  LayerArguments {                                                                                           \
+#define GRINQH_LAYER_ARGUMENTS                                                                                   \
+  LayerArguments {                                                                                               \
     planes, block_scale, row_scale, gain, channel_order, channel_weight, thresholds, widths, block, bias, budget \
   }
 
@@ -77,9 +76,9 @@ void gemv_out_cpu(Tensor x, GRINQH_LAYER_PARAMETERS, Tensor out) {
   }
   STD_TORCH_CHECK(row_scale.dim() == 1 && out.size(out.dim() - 1) == row_scale.size(0), "grinqh::gemv: out has shape ",
                   shape_text(out), ": its last size must be N, the length of row_scale ", shape_text(row_scale));
-  STD_TORCH_CHECK(out.scalar_type() == x.scalar_type() && out.is_contiguous() && out.is_cpu(),
-                  "grinqh::gemv: out is ", dtype_name(out.scalar_type()), " on ", device_text(out),
-                  ": it must be contiguous, ", dtype_name(x.scalar_type()), " and on ", device_text(x));
+  STD_TORCH_CHECK(out.scalar_type() == x.scalar_type() && out.is_contiguous() && out.is_cpu(), "grinqh::gemv: out is ",
+                  dtype_name(out.scalar_type()), " on ", device_text(out), ": it must be contiguous, ",
+                  dtype_name(x.scalar_type()), " and on ", device_text(x));
   run_gemv("gemv", x, layer, out, nullptr);
 }
 
@@ -244,8 +243,8 @@ Tensor dequantize_cpu(std::vector<Tensor> planes, Tensor block_scale, Tensor row
                       Tensor channel_order, std::vector<int64_t> widths, int64_t block, int64_t grade,
                       ScalarType dtype) {
   DequantizeParams params{};
-  params.weight = to_packed("dequantize", {planes, block_scale, row_scale, gain, channel_order, widths, block},
-                            row_scale);
+  params.weight =
+      to_packed("dequantize", {planes, block_scale, row_scale, gain, channel_order, widths, block}, row_scale);
   STD_TORCH_CHECK(grade >= 0 && grade <= params.weight.widths.count, "grinqh::dequantize: grade is ", grade,
                   ": allowed are 0 to ", params.weight.widths.count);
   params.grade = static_cast<int>(grade);
@@ -266,8 +265,8 @@ std::string cpu_isa() {
 }  // namespace
 }  // namespace grinqh::binding
 
-#define GRINQH_LAYER                                                                                        \
-  "Tensor[] planes, Tensor block_scale, Tensor row_scale, Tensor gain, Tensor channel_order, Tensor "       \
+#define GRINQH_LAYER                                                                                  \
+  "Tensor[] planes, Tensor block_scale, Tensor row_scale, Tensor gain, Tensor channel_order, Tensor " \
   "channel_weight, Tensor thresholds, int[] widths, int block, Tensor? bias=None, Tensor? budget=None"
 
 STABLE_TORCH_LIBRARY(grinqh, m) {

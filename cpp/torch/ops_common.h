@@ -21,17 +21,28 @@ inline void throw_if_error(const char* op, const Status& status) {
 
 inline const char* dtype_name(ScalarType type) {
   switch (type) {
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Char: return "int8";
-    case ScalarType::Short: return "int16";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Bool: return "bool";
-    default: return "another dtype";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "another dtype";
   }
 }
 
@@ -60,15 +71,18 @@ inline void check_tensor(const char* op, const std::string& name, const Tensor& 
   }
   STD_TORCH_CHECK(fits, "grinqh::", op, ": ", name, " has shape ", shape_text(tensor), ": it must be ", wanted, "]");
   STD_TORCH_CHECK(tensor.is_contiguous(), "grinqh::", op, ": ", name, " is not contiguous: it must be");
-  STD_TORCH_CHECK(tensor.is_cpu() == like.is_cpu() && tensor.get_device_index() == like.get_device_index(), "grinqh::",
-                  op, ": ", name, " is on ", device_text(tensor), ": it must be on ", device_text(like));
+  STD_TORCH_CHECK(tensor.is_cpu() == like.is_cpu() && tensor.get_device_index() == like.get_device_index(),
+                  "grinqh::", op, ": ", name, " is on ", device_text(tensor), ": it must be on ", device_text(like));
 }
 
 inline Dtype to_dtype(const char* op, const char* name, ScalarType type) {
   switch (type) {
-    case ScalarType::Float: return Dtype::f32;
-    case ScalarType::Half: return Dtype::f16;
-    case ScalarType::BFloat16: return Dtype::bf16;
+    case ScalarType::Float:
+      return Dtype::f32;
+    case ScalarType::Half:
+      return Dtype::f16;
+    case ScalarType::BFloat16:
+      return Dtype::bf16;
     default:
       STD_TORCH_CHECK(false, "grinqh::", op, ": ", name, " is ", dtype_name(type),
                       ": allowed are float32, float16 and bfloat16");
@@ -81,8 +95,8 @@ inline PlaneWidths to_widths(const char* op, const std::vector<int64_t>& widths)
   PlaneWidths result;
   result.count = static_cast<int>(widths.size());
   for (size_t p = 0; p < widths.size(); ++p) {
-    STD_TORCH_CHECK(widths[p] >= 1 && widths[p] <= kCodeBits && is_plane_width(static_cast<int>(widths[p])), "grinqh::",
-                    op, ": widths[", p, "] is ", widths[p], ": allowed are 1, 2, 4 and 8");
+    STD_TORCH_CHECK(widths[p] >= 1 && widths[p] <= kCodeBits && is_plane_width(static_cast<int>(widths[p])),
+                    "grinqh::", op, ": widths[", p, "] is ", widths[p], ": allowed are 1, 2, 4 and 8");
     result.width[p] = static_cast<int>(widths[p]);
   }
   STD_TORCH_CHECK(result.valid(), "grinqh::", op, ": widths add up to ", result.bits(result.count),

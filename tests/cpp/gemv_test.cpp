@@ -71,8 +71,8 @@ TEST_P(Gemv, agrees_with_the_float64_reference_for_every_layout_block_and_tail) 
       for (std::int64_t block : {32, 64, 128}) {
         const Layer layer = random_layer(size[0], size[1], widths, block, 1.0, ++seed);
         const auto x = random_floats(static_cast<std::size_t>(2 * layer.k), seed);
-        SCOPED_TRACE(::testing::Message() << widths.count << " planes, n " << layer.n << ", k " << layer.k << ", block "
-                                          << block);
+        SCOPED_TRACE(::testing::Message()
+                     << widths.count << " planes, n " << layer.n << ", k " << layer.k << ", block " << block);
         expect_close(layer, x, product(layer, x, GetParam()));
       }
     }
@@ -260,8 +260,6 @@ TEST(Grade, counts_the_thresholds_at_or_below_the_importance) {
   ASSERT_TRUE(grade(params, {}).ok());
   EXPECT_EQ(grades, (std::vector<std::uint8_t>{0, 3, 4}));
 }
-
-
 
 TEST(Dequantize, gives_the_weights_of_format_h_in_the_order_of_the_input) {
   for (const PlaneWidths& widths : {kFourEqualPlanes, kFinePlanes, PlaneWidths{2, {4, 4}}}) {

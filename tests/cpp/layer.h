@@ -110,9 +110,8 @@ inline unsigned top_bits(const Layer& layer, std::int64_t c, std::int64_t n, int
   for (int p = 0; p < planes; ++p) {
     const int width = layer.widths.width[p];
     const std::int64_t bit = n * width;
-    const std::uint8_t byte =
-        layer.planes[static_cast<std::size_t>(p)]
-                    [static_cast<std::size_t>(c * plane_row_bytes(layer.n, width) + bit / 8)];
+    const std::uint8_t byte = layer.planes[static_cast<std::size_t>(p)]
+                                          [static_cast<std::size_t>(c * plane_row_bytes(layer.n, width) + bit / 8)];
     top = (top << width) | ((static_cast<unsigned>(byte) >> (bit % 8)) & ((1u << width) - 1u));
   }
   return top;
@@ -121,9 +120,9 @@ inline unsigned top_bits(const Layer& layer, std::int64_t c, std::int64_t n, int
 inline double weight_at(const Layer& layer, std::int64_t c, std::int64_t n, int grade) {
   if (grade == 0) return 0.0;
   const std::int64_t blocks = block_count(layer.n, layer.block);
-  const double scale = static_cast<double>(layer.row_scale[static_cast<std::size_t>(n)]) *
-                       static_cast<double>(half_to_float(
-                           layer.block_scale[static_cast<std::size_t>(c * blocks + n / layer.block)]));
+  const double scale =
+      static_cast<double>(layer.row_scale[static_cast<std::size_t>(n)]) *
+      static_cast<double>(half_to_float(layer.block_scale[static_cast<std::size_t>(c * blocks + n / layer.block)]));
   const int bits = layer.widths.bits(grade);
   const double middle = (2.0 * top_bits(layer, c, n, grade) + 1.0) / std::pow(2.0, bits) - 1.0;
   return scale * static_cast<double>(layer.gain[static_cast<std::size_t>(grade - 1)]) * middle;

@@ -89,11 +89,10 @@ TEST_P(Packing, unused_bits_of_the_last_byte_are_zero) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(layouts_and_tails, Packing,
-                         ::testing::ValuesIn([] {
+INSTANTIATE_TEST_SUITE_P(layouts_and_tails, Packing, ::testing::ValuesIn([] {
                            std::vector<Case> cases;
-                           const PlaneWidths layouts[] = {kFourEqualPlanes, kFinePlanes, {1, {8}}, {2, {4, 4}},
-                                                          {8, {1, 1, 1, 1, 1, 1, 1, 1}}};
+                           const PlaneWidths layouts[] = {
+                               kFourEqualPlanes, kFinePlanes, {1, {8}}, {2, {4, 4}}, {8, {1, 1, 1, 1, 1, 1, 1, 1}}};
                            for (const PlaneWidths& widths : layouts) {
                              for (std::int64_t n : {1, 3, 7, 8, 9, 64, 129, 576}) cases.push_back({widths, n, 5});
                            }

@@ -24,10 +24,10 @@ TEST(Half, every_pattern_survives_the_way_through_float32) {
 }
 
 TEST(Half, rounds_to_nearest_with_ties_to_even) {
-  EXPECT_EQ(float_to_half(1.0f + 0x1p-11f), 0x3c00);              // a tie
-  EXPECT_EQ(float_to_half(1.0f + 0x1p-11f + 0x1p-20f), 0x3c01);   // above it
-  EXPECT_EQ(float_to_half(1.0f + 3 * 0x1p-11f), 0x3c02);          // a tie, up to even
-  EXPECT_EQ(float_to_half(0x1p-25f), 0x0000);                     // half the smallest subnormal
+  EXPECT_EQ(float_to_half(1.0f + 0x1p-11f), 0x3c00);             // a tie
+  EXPECT_EQ(float_to_half(1.0f + 0x1p-11f + 0x1p-20f), 0x3c01);  // above it
+  EXPECT_EQ(float_to_half(1.0f + 3 * 0x1p-11f), 0x3c02);         // a tie, up to even
+  EXPECT_EQ(float_to_half(0x1p-25f), 0x0000);                    // half the smallest subnormal
   EXPECT_EQ(float_to_half(65519.0f), 0x7bff);
   EXPECT_EQ(float_to_half(65520.0f), 0x7c00);
   EXPECT_EQ(float_to_bfloat16(1.0f + 0x1p-8f), 0x3f80);
@@ -41,7 +41,8 @@ TEST(Quantize, full_codes_are_within_half_a_step_of_the_weight) {
     for (std::int64_t n = 0; n < layer.n; ++n) {
       const float scale = layer.row_scale[static_cast<std::size_t>(n)] *
                           half_to_float(layer.block_scale[static_cast<std::size_t>(c * blocks + n / layer.block)]);
-      const float weight = layer.dense[static_cast<std::size_t>(n * layer.k + layer.order[static_cast<std::size_t>(c)])];
+      const float weight =
+          layer.dense[static_cast<std::size_t>(n * layer.k + layer.order[static_cast<std::size_t>(c)])];
       const float value = scale * level(layer.codes[static_cast<std::size_t>(c * layer.n + n)], 8);
       // A block's largest weight may lie above its rounded scale by half a unit of float16.
       ASSERT_LE(std::fabs(value - weight), scale * (1.0f / 256 + 0x1p-11f)) << c << " " << n;
@@ -90,9 +91,8 @@ TEST(Quantize, a_weight_of_zeros_gives_zeros) {
   std::vector<std::uint8_t> codes(6);
   std::vector<std::uint16_t> scales(2, 0xffff);
   std::vector<float> rows(3), gain(9), errors(18, -1.0f);
-  const QuantizeParams params{zeros.data(),  order.data(), 3,           2,
-                              64,            codes.data(), scales.data(), rows.data(),
-                              gain.data(),   errors.data()};
+  const QuantizeParams params{zeros.data(), order.data(),  3,           2,           64,
+                              codes.data(), scales.data(), rows.data(), gain.data(), errors.data()};
   ASSERT_TRUE(quantize(params, {}).ok());
   EXPECT_EQ(scales, (std::vector<std::uint16_t>{0, 0}));
   EXPECT_EQ(errors, std::vector<float>(18, 0.0f));
@@ -104,7 +104,7 @@ TEST(Quantize, refuses_weights_that_are_not_finite_and_orders_that_are_no_permut
   std::vector<std::uint8_t> codes(4);
   std::vector<std::uint16_t> scales(2);
   std::vector<float> rows(2), gain(9), errors(18);
-  const QuantizeParams params{weight.data(), order.data(), 2,             2,           64,
+  const QuantizeParams params{weight.data(), order.data(),  2,           2,           64,
                               codes.data(),  scales.data(), rows.data(), gain.data(), errors.data()};
   EXPECT_STREQ(quantize(params, {}).message, "weight has a NaN or infinite value in row 1: allowed are finite values");
   weight[3] = 4.0f;

@@ -32,14 +32,14 @@ Status sort_channels(const SortParams& params, const Executor& executor);
 
 // Quantizes a layer to 8-bit codes, and measures what every number of bits b = 0..8 would lose.
 struct QuantizeParams {
-  const float* weight;                 // [n][k], row-major
-  const std::int32_t* channel_order;   // [k], a permutation
+  const float* weight;                // [n][k], row-major
+  const std::int32_t* channel_order;  // [k], a permutation
   std::int64_t n, k, block;
-  std::uint8_t* codes;          // out [k][n], stored channels
-  std::uint16_t* block_scale;   // out float16 [k][block_count(n, block)]
-  float* row_scale;             // out [n]
-  float* gain;                  // out [9] least-squares gain of the top b bits (0 for b = 0)
-  float* channel_error;         // out [9][k] mean squared weight error of each stored channel at b bits
+  std::uint8_t* codes;         // out [k][n], stored channels
+  std::uint16_t* block_scale;  // out float16 [k][block_count(n, block)]
+  float* row_scale;            // out [n]
+  float* gain;                 // out [9] least-squares gain of the top b bits (0 for b = 0)
+  float* channel_error;        // out [9][k] mean squared weight error of each stored channel at b bits
 };
 Status quantize(const QuantizeParams& params, const Executor& executor);
 
@@ -63,7 +63,7 @@ Status unpack(const UnpackParams& params, const Executor& executor);
 
 // Grades of the stored channels of each row of x.
 struct GradeParams {
-  const void* x;          // [m][k]
+  const void* x;  // [m][k]
   std::int64_t m;
   std::int64_t x_stride;  // elements from row to row
   Dtype dtype;
@@ -74,7 +74,8 @@ struct GradeParams {
 Status grade(const GradeParams& params, const Executor& executor);
 
 // Dense weights at one grade (a channel with fewer stored planes: at its last), for outputs
-// [n_begin, n_end), n_begin a multiple of 128: out[j][i] = W[n_begin + i][j], j the input feature (not the stored channel).
+// [n_begin, n_end), n_begin a multiple of 128: out[j][i] = W[n_begin + i][j], j the input feature (not the stored
+// channel).
 struct DequantizeParams {
   PackedWeight weight;
   int grade;  // 0..planes
@@ -86,7 +87,7 @@ Status dequantize(const DequantizeParams& params, const Executor& executor);
 
 // y[r] = W(grades of x[r]) x[r] + bias, each row graded on its own; float32 accumulation.
 struct GemvParams {
-  const void* x;          // [m][k]
+  const void* x;  // [m][k]
   std::int64_t m;
   std::int64_t x_stride;  // elements from row to row
   Dtype dtype;            // of x, bias and y

@@ -28,12 +28,12 @@ struct PackedWeight {
   std::int64_t k = 0;      // in_features
   std::int64_t block = 0;  // outputs that share a block scale
   PlaneWidths widths;
-  std::int64_t channels[kMaxPlanes] = {};         // stored channels of each plane, never growing
-  const std::uint8_t* plane[kMaxPlanes] = {};     // [channels[p]][plane_row_bytes(n, width[p])]
-  const std::uint16_t* block_scale = nullptr;     // float16 [k][block_count(n, block)]
-  const float* row_scale = nullptr;               // [n]
-  const float* gain = nullptr;                    // [planes]
-  const std::int32_t* channel_order = nullptr;    // [k], the input feature of each stored channel
+  std::int64_t channels[kMaxPlanes] = {};       // stored channels of each plane, never growing
+  const std::uint8_t* plane[kMaxPlanes] = {};   // [channels[p]][plane_row_bytes(n, width[p])]
+  const std::uint16_t* block_scale = nullptr;   // float16 [k][block_count(n, block)]
+  const float* row_scale = nullptr;             // [n]
+  const float* gain = nullptr;                  // [planes]
+  const std::int32_t* channel_order = nullptr;  // [k], the input feature of each stored channel
 };
 
 // How a token's channels are graded: stored channel c of input row x has the importance
