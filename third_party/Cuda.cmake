@@ -1,8 +1,5 @@
 # Decides whether the CUDA kernels are built, sets GRINQH_BUILD_CUDA, and says so.
 set(GRINQH_BUILD_CUDA OFF)
-if(NOT EXISTS "${CMAKE_SOURCE_DIR}/cpp/torch/ops_cuda.cpp") # TODO: until the kernels are in the tree
-  set(GRINQH_CUDA OFF)
-endif()
 if(GRINQH_CUDA STREQUAL "ON" OR GRINQH_CUDA STREQUAL "AUTO")
   include(CheckLanguage)
   check_language(CUDA)
