@@ -12,14 +12,10 @@ using nb::dlpack::dtype_code;
 
 dtype dlpack_dtype(Element element) {
   switch (element) {
-    case Element::u8:
-      return nb::dtype<std::uint8_t>();
-    case Element::i32:
-      return nb::dtype<std::int32_t>();
-    case Element::f16:
-      return {static_cast<std::uint8_t>(dtype_code::Float), 16, 1};
-    case Element::f32:
-      break;
+    case Element::u8: return nb::dtype<std::uint8_t>();
+    case Element::i32: return nb::dtype<std::int32_t>();
+    case Element::f16: return {static_cast<std::uint8_t>(dtype_code::Float), 16, 1};
+    case Element::f32: break;
   }
   return nb::dtype<float>();
 }
@@ -27,20 +23,13 @@ dtype dlpack_dtype(Element element) {
 std::string dtype_name(dtype type) {
   const std::string bits = std::to_string(type.bits);
   switch (static_cast<dtype_code>(type.code)) {
-    case dtype_code::Int:
-      return "int" + bits;
-    case dtype_code::UInt:
-      return "uint" + bits;
-    case dtype_code::Float:
-      return "float" + bits;
-    case dtype_code::Bfloat:
-      return "bfloat" + bits;
-    case dtype_code::Complex:
-      return "complex" + bits;
-    case dtype_code::Bool:
-      return "bool";
-    default:
-      return "of DLPack code " + std::to_string(type.code) + " with " + bits + " bits";
+    case dtype_code::Int: return "int" + bits;
+    case dtype_code::UInt: return "uint" + bits;
+    case dtype_code::Float: return "float" + bits;
+    case dtype_code::Bfloat: return "bfloat" + bits;
+    case dtype_code::Complex: return "complex" + bits;
+    case dtype_code::Bool: return "bool";
+    default: return "of DLPack code " + std::to_string(type.code) + " with " + bits + " bits";
   }
 }
 
@@ -123,14 +112,10 @@ Output new_array(Element element, std::initializer_list<std::int64_t> shape) {
   for (const std::size_t extent : sizes) size *= extent;
   const dtype type = dlpack_dtype(element);
   switch (element) {
-    case Element::u8:
-      return allocate<std::uint8_t>(size, sizes.size(), sizes.data(), type);
-    case Element::f16:
-      return allocate<std::uint16_t>(size, sizes.size(), sizes.data(), type);
-    case Element::i32:
-      return allocate<std::int32_t>(size, sizes.size(), sizes.data(), type);
-    case Element::f32:
-      break;
+    case Element::u8: return allocate<std::uint8_t>(size, sizes.size(), sizes.data(), type);
+    case Element::f16: return allocate<std::uint16_t>(size, sizes.size(), sizes.data(), type);
+    case Element::i32: return allocate<std::int32_t>(size, sizes.size(), sizes.data(), type);
+    case Element::f32: break;
   }
   return allocate<float>(size, sizes.size(), sizes.data(), type);
 }
