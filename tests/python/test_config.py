@@ -91,8 +91,8 @@ def test_bad_settings_are_refused_by_name(settings: dict[str, Any], message: str
 
 
 def test_the_later_of_two_overrides_wins() -> None:
-    config = GrinqhConfig(overrides={"*_proj": {"block": 32, "stored_bits": 4}, "up_proj": {"block": 128}})
-    assert config.format("mlp.up_proj") == LayerFormat((2, 1, 1, 2, 2), 128)
+    config = GrinqhConfig((2, 2), overrides={"*_proj": {"block": 32, "stored_bits": 4}, "up_proj": {"block": 128}})
+    assert config.format("mlp.up_proj") == LayerFormat((2, 2), 128)
     assert config.format("mlp.down_proj").block == 32
     assert config.format("mlp.experts").block == 64
     assert config.layer_stored_bits("mlp.up_proj") == 4
@@ -117,7 +117,7 @@ def test_a_pattern_means_the_whole_name_or_its_last_parts(pattern: str, matching
 
 
 def test_keeping_planes_shortens_the_widths_of_every_layer() -> None:
-    config = GrinqhConfig(overrides={"up_proj": {"plane_widths": (4, 2, 1)}})
+    config = GrinqhConfig((2, 1, 1, 2, 2), overrides={"up_proj": {"plane_widths": (4, 2, 1)}})
     config.keep_planes(6)
     assert config.plane_widths == (2, 1, 1, 2)
     assert config.format("up_proj").plane_widths == (4, 2)

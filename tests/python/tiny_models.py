@@ -46,7 +46,8 @@ def token_ids(rows: int = 4, length: int = 64, seed: int = 1) -> Tensor:
 
 
 def calibrated(model: Any | None = None, config: grinqh.GrinqhConfig | None = None, **arguments: Any) -> Any:
-    """A converted and calibrated model."""
+    """A converted and calibrated model; five planes unless the config says otherwise."""
+    config = grinqh.GrinqhConfig(plane_widths=(2, 1, 1, 2, 2)) if config is None else config
     model = grinqh.quantize_model(tiny_model() if model is None else model, config, progress=False)
     grinqh.calibrate(model, token_ids(), progress=False, **arguments)
     return model
