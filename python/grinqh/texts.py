@@ -7,7 +7,7 @@ from pathlib import Path
 
 from grinqh.errors import InputError
 
-SPEECHES = ("1961-Kennedy-1", "1986-Reagan-1", "1932-Hoover-1", "2014-Obama-1")
+SPEECHES = ("1961-Kennedy-1", "2014-Obama-1")
 
 
 def read_text(path: str | Path) -> str:
