@@ -16,6 +16,18 @@ int stored_planes(const PackedWeight& weight, std::int64_t c) {
   return planes;
 }
 
+// Asks for what a channel's outputs [begin, end) are decoded from.
+void prefetch_channel(const PackedWeight& weight, std::int64_t c, int planes, std::int64_t begin, std::int64_t end) {
+  constexpr std::int64_t kLine = 64;
+  __builtin_prefetch(weight.block_scale + c * block_count(weight.n, weight.block) + begin / weight.block);
+  for (int p = 0; p < planes; ++p) {
+    const int width = weight.widths.width[p];
+    const std::uint8_t* row = weight.plane[p] + c * plane_row_bytes(weight.n, width);
+    for (std::int64_t at = begin * width / 8; at < plane_row_bytes(end, width); at += kLine)
+      __builtin_prefetch(row + at);
+  }
+}
+
 }  // namespace
 
 Status dequantize(const DequantizeParams& params, const Executor& executor) {
@@ -41,6 +53,11 @@ Status dequantize(const DequantizeParams& params, const Executor& executor) {
   parallel_for(executor, weight.k, 64, [&](std::int64_t begin, std::int64_t end) {
     std::vector<float> values(static_cast<std::size_t>(count));
     for (std::int64_t c = begin; c < end; ++c) {
+      constexpr std::int64_t kAhead = 8;
+      if (const std::int64_t ahead = c + kAhead; ahead < end) {
+        prefetch_channel(weight, ahead, std::min(params.grade, stored_planes(weight, ahead)), params.n_begin,
+                         params.n_end);
+      }
       const int grade = std::min(params.grade, stored_planes(weight, c));
       char* row = static_cast<char*>(params.out) + weight.channel_order[c] * count * item;
       if (grade == 0) {

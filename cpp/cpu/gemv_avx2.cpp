@@ -145,9 +145,7 @@ struct Avx2 {
 
   static void store_eight(__m256 scaled, Dtype dtype, void* out) {
     switch (dtype) {
-      case Dtype::f32:
-        _mm256_storeu_ps(static_cast<float*>(out), scaled);
-        return;
+      case Dtype::f32: _mm256_storeu_ps(static_cast<float*>(out), scaled); return;
       case Dtype::f16:
         _mm_storeu_si128(static_cast<__m128i*>(out),
                          _mm256_cvtps_ph(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

@@ -99,22 +99,54 @@ struct Avx512 {
     _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), product));
   }
 
-  // Bytes of 64 codes of a plane, zeros past the end of the row, spread so that qword i holds those of codes
-  // 8 i to 8 i + 7.
-  static Int load_codes(const std::uint8_t* bytes, std::int64_t left, int width) {
-    switch (width) {
-      case 1:
-        return _mm512_cvtepu8_epi64(_mm_maskz_loadu_epi8(first_bytes(left < 8 ? left : 8), bytes));
-      case 2:
-        return _mm512_cvtepu16_epi64(_mm_maskz_loadu_epi8(first_bytes(left < 16 ? left : 16), bytes));
-      case 4:
-        return _mm512_cvtepu32_epi64(
-            _mm256_maskz_loadu_epi8(static_cast<__mmask32>(left < 32 ? (1u << left) - 1u : ~0u), bytes));
-      default:
-        return _mm512_maskz_loadu_epi8(left < 64 ? (std::uint64_t{1} << left) - 1u : ~std::uint64_t{0}, bytes);
-    }
-  }
   static __mmask16 first_bytes(std::int64_t count) { return first(static_cast<int>(count)); }
+
+  // 64 codes of a plane, one a byte; zeros past the end of the row unless it is Full.
+  template <int Width, bool Full>
+  static Int load_codes(const std::uint8_t* bytes, std::int64_t left) {
+    // Eight codes to a qword, whose bits are then cut into its eight bytes.
+    Int spread;
+    if constexpr (Width == 8) {
+      return Full ? load_bytes(bytes)
+                  : _mm512_maskz_loadu_epi8(left < 64 ? (std::uint64_t{1} << left) - 1u : ~std::uint64_t{0}, bytes);
+    } else if constexpr (Width == 4) {
+      const auto mask = static_cast<__mmask32>(left < 32 ? (1u << left) - 1u : ~0u);
+      spread = _mm512_cvtepu32_epi64(Full ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes))
+                                          : _mm256_maskz_loadu_epi8(mask, bytes));
+    } else if constexpr (Width == 2) {
+      spread = _mm512_cvtepu16_epi64(Full ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))
+                                          : _mm_maskz_loadu_epi8(first_bytes(left < 16 ? left : 16), bytes));
+    } else {
+      spread = _mm512_cvtepu8_epi64(Full ? _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes))
+                                         : _mm_maskz_loadu_epi8(first_bytes(left < 8 ? left : 8), bytes));
+    }
+    const Int starts = _mm512_set1_epi64(0x0706050403020100 * Width);
+    return _mm512_and_si512(_mm512_multishift_epi64_epi8(starts, spread),
+                            _mm512_set1_epi8(static_cast<char>((1 << Width) - 1)));
+  }
+  template <int Width, bool Full>
+  static Int append_codes(Int top, const std::uint8_t* bytes, std::int64_t left) {
+    if constexpr (Width == 8) return load_codes<8, Full>(bytes, left);
+    return _mm512_or_si512(_mm512_slli_epi16(top, Width), load_codes<Width, Full>(bytes, left));
+  }
+
+  // The top bits of 64 codes from output n on.
+  template <bool Full>
+  static Int top_bits(const PackedWeight& weight, const std::uint8_t* const* row, int planes, std::int64_t n) {
+    Int top = zero();
+    for (int p = 0; p < planes; ++p) {
+      const int width = weight.widths.width[p];
+      const std::int64_t at = n * width / 8;
+      const std::int64_t left = plane_row_bytes(weight.n, width) - at;
+      switch (width) {
+        case 1: top = append_codes<1, Full>(top, row[p] + at, left); break;
+        case 2: top = append_codes<2, Full>(top, row[p] + at, left); break;
+        case 4: top = append_codes<4, Full>(top, row[p] + at, left); break;
+        default: top = append_codes<8, Full>(top, row[p] + at, left); break;
+      }
+    }
+    return top;
+  }
 
   static void decode_channel(const PackedWeight& weight, std::int64_t c, int planes, Range outputs, float* values) {
     const std::uint16_t* scales = weight.block_scale + c * block_count(weight.n, weight.block);
@@ -122,29 +154,26 @@ struct Avx512 {
     const int bits = weight.widths.bits(planes);
     const __m512 step = _mm512_set1_ps(power_of_two(1 - bits));
     const __m512 middle = _mm512_set1_ps(power_of_two(-bits) - 1.0f);
-    for (std::int64_t n = outputs.begin; n < outputs.end; n += 64) {
-      Int top = zero();
-      for (int p = 0; p < planes; ++p) {
-        const int width = weight.widths.width[p];
-        const std::int64_t row_bytes = plane_row_bytes(weight.n, width);
-        const std::int64_t byte = n * width / 8;
-        const Int bytes = load_codes(weight.plane[p] + c * row_bytes + byte, row_bytes - byte, width);
-        const Int starts = _mm512_set1_epi64(0x0706050403020100 * width);  // in bits, of the eight codes of a qword
-        const Int part = _mm512_and_si512(width == 8 ? bytes : _mm512_multishift_epi64_epi8(starts, bytes),
-                                          _mm512_set1_epi8(static_cast<char>((1 << width) - 1)));
-        top = _mm512_or_si512(_mm512_sll_epi16(top, _mm_cvtsi32_si128(width)), part);
-      }
-      alignas(64) std::uint8_t codes[64];
-      _mm512_store_si512(codes, top);
-      for (int i = 0; i < 64 && n + i < outputs.end; i += 16) {
-        const __m128i sixteen = _mm_load_si128(reinterpret_cast<const __m128i*>(codes + i));
-        // Exact: a level has at most 8 bits, so no product or sum rounds.
-        const __m512 level =
-            _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(sixteen)), step), middle);
-        const __m512 scaled = _mm512_mul_ps(level, _mm512_set1_ps(to_float(scales[(n + i) >> block_bits])));
-        const std::int64_t left = outputs.end - n - i;
-        _mm512_mask_storeu_ps(values + (n + i - outputs.begin), first_bytes(left < 16 ? left : 16), scaled);
-      }
+    const std::uint8_t* row[kMaxPlanes];
+    for (int p = 0; p < planes; ++p) row[p] = weight.plane[p] + c * plane_row_bytes(weight.n, weight.widths.width[p]);
+    // Exact but for the last product: a level has at most 8 bits.
+    const auto sixteen = [&](const std::uint8_t* codes, std::int64_t n) {
+      const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(codes));
+      const __m512 level = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)), step), middle);
+      return _mm512_mul_ps(level, _mm512_set1_ps(to_float(scales[n >> block_bits])));
+    };
+    alignas(64) std::uint8_t codes[64];
+    std::int64_t n = outputs.begin;
+    for (; n + 64 <= outputs.end; n += 64) {
+      _mm512_store_si512(codes, top_bits<true>(weight, row, planes, n));
+      for (int i = 0; i < 64; i += 16) _mm512_storeu_ps(values + (n + i - outputs.begin), sixteen(codes + i, n + i));
+    }
+    if (n == outputs.end) return;
+    _mm512_store_si512(codes, top_bits<false>(weight, row, planes, n));
+    for (int i = 0; n + i < outputs.end; i += 16) {
+      const std::int64_t left = outputs.end - n - i;
+      _mm512_mask_storeu_ps(values + (n + i - outputs.begin), first_bytes(left < 16 ? left : 16),
+                            sixteen(codes + i, n + i));
     }
   }
 
@@ -155,9 +184,7 @@ struct Avx512 {
       const __m512 scaled = _mm512_mul_ps(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, values + i), _mm512_set1_ps(gain)),
                                           _mm512_maskz_loadu_ps(mask, row_scale + i));
       switch (dtype) {
-        case Dtype::f32:
-          _mm512_mask_storeu_ps(static_cast<float*>(out) + i, mask, scaled);
-          break;
+        case Dtype::f32: _mm512_mask_storeu_ps(static_cast<float*>(out) + i, mask, scaled); break;
         case Dtype::f16:
           _mm256_mask_storeu_epi16(static_cast<std::uint16_t*>(out) + i, mask,
                                    _mm512_cvtps_ph(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

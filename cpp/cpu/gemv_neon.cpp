@@ -133,9 +133,7 @@ struct Neon {
     for (std::int64_t i = 0; i < count; ++i) {
       const float scaled = values[i] * gain * row_scale[i];
       switch (dtype) {
-        case Dtype::f32:
-          static_cast<float*>(out)[i] = scaled;
-          break;
+        case Dtype::f32: static_cast<float*>(out)[i] = scaled; break;
         case Dtype::f16:
           static_cast<std::uint16_t*>(out)[i] =
               vget_lane_u16(vreinterpret_u16_f16(vcvt_f16_f32(vdupq_n_f32(scaled))), 0);

@@ -90,16 +90,32 @@ std::tuple<Tensor, Tensor> gemv_read_bits_cpu(Tensor x, GRINQH_LAYER_PARAMETERS)
   return {y, read_bits};
 }
 
-// Dense weights [K, n_end - n_begin] in x's dtype.
-Tensor dense_outputs(const PackedWeight& weight, const Tensor& x, Dtype dtype, int64_t n_begin, int64_t n_end) {
-  Tensor dense = torch::stable::new_empty(x, {weight.k, n_end - n_begin});
-  DequantizeParams params{weight, weight.widths.count, n_begin, n_end, dtype, dense.mutable_data_ptr()};
-  throw_if_error("linear", dequantize(params, kTorchThreads));
-  return dense;
-}
+// Prefill: a strip of outputs is made dense, small enough to stay near the core, and multiplied. One buffer
+// serves all strips: fresh memory would cost more than what is written to it.
+constexpr int64_t kStripBytes = int64_t{4} << 20;
 
-// Prefill: a strip of outputs is made dense, small enough to stay in a core's cache, and multiplied.
-constexpr int64_t kStripBytes = int64_t{2} << 20;
+class DenseStrips {
+ public:
+  DenseStrips(const PackedWeight& weight, const Tensor& like, Dtype dtype) : weight_(weight), dtype_(dtype) {
+    const int64_t item = dtype == Dtype::f32 ? 4 : 2;
+    width_ = std::max<int64_t>(kStripBytes / (weight.k * item) / 128 * 128, 128);
+    buffer_ = torch::stable::new_empty(like, {weight.k * std::min(width_, weight.n)});
+  }
+  int64_t width() const { return width_; }
+  // Weights [K, end - begin] of these outputs, until the next call.
+  Tensor strip(int64_t begin, int64_t end) {
+    Tensor part = torch::stable::narrow(buffer_, 0, 0, weight_.k * (end - begin));
+    const DequantizeParams params{weight_, weight_.widths.count, begin, end, dtype_, part.mutable_data_ptr()};
+    throw_if_error("linear", dequantize(params, kTorchThreads));
+    return torch::stable::view(part, {weight_.k, end - begin});
+  }
+
+ private:
+  const PackedWeight& weight_;
+  Dtype dtype_;
+  int64_t width_;
+  Tensor buffer_;
+};
 
 Tensor linear_cpu(Tensor x, GRINQH_LAYER_PARAMETERS, int64_t max_graded_rows) {
   const LayerArguments layer = GRINQH_LAYER_ARGUMENTS;
@@ -116,11 +132,10 @@ Tensor linear_cpu(Tensor x, GRINQH_LAYER_PARAMETERS, int64_t max_graded_rows) {
   check_bias("linear", layer.bias, x, weight.n);
   const Tensor x_rows = torch::stable::reshape(x, {rows.count, weight.k});
   Tensor y_rows = torch::stable::view(y, {rows.count, weight.n});
-  const int64_t item = dtype == Dtype::f32 ? 4 : 2;
-  const int64_t strip = std::max<int64_t>(kStripBytes / (weight.k * item) / 128 * 128, 128);
-  for (int64_t n = 0; n < weight.n; n += strip) {
-    const int64_t end = std::min(weight.n, n + strip);
-    Tensor product = torch::stable::matmul(x_rows, dense_outputs(weight, x, dtype, n, end));
+  DenseStrips dense(weight, x, dtype);
+  for (int64_t n = 0; n < weight.n; n += dense.width()) {
+    const int64_t end = std::min(weight.n, n + dense.width());
+    Tensor product = torch::stable::matmul(x_rows, dense.strip(n, end));
     if (layer.bias.has_value()) {
       Tensor bias_part = *layer.bias;
       product = torch::stable::subtract(product, torch::stable::narrow(bias_part, 0, n, end - n), -1.0);
