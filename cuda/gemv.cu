@@ -95,11 +95,15 @@ struct Shared {
   }
 };
 
+// The columns of the signed operands. Up to four rows share one operand of 8 columns for each block, or for
+// several blocks; eight rows take two operands, `parts`, for each block.
 template <int kRows, int kBlocks>
 struct Columns {
-  static constexpr int kPerBlock = 2 * kRows;                                 // columns of one block of outputs
-  static constexpr int kBlocksEach = kPerBlock >= 8 ? 1 : (8 / kPerBlock < kBlocks ? 8 / kPerBlock : kBlocks);
-  static constexpr int kOperands = kBlocks / kBlocksEach;                     // operands for a tile
+  static constexpr int kParts = kRows > 4 ? 2 : 1;
+  static constexpr int kPerBlock = 2 * kRows / kParts;  // columns of one block in an operand
+  static constexpr int kBlocksEach = 8 / kPerBlock < kBlocks ? 8 / kPerBlock : kBlocks;
+  static constexpr int kOperands = kBlocks / kBlocksEach;  // for a tile, in each part
+  static constexpr int kRowsEach = kRows / kParts;
   static_assert(kPerBlock <= 8);
 };
 
@@ -292,11 +296,11 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
   // Drawing tiles needs copies that run at most one tile ahead; with fewer slabs the stride is fixed. All
   // blocks of a slice have the same list, so they agree.
   const bool drawn = ticket && slabs >= (kStages - 1) * k_warps;
-  if (leader) {
-    tile_queue[group][1] = drawn ? workers + static_cast<int>(first_draw) : first_tile + workers;
-    if (ticket && !drawn && first_draw == static_cast<unsigned>(workers) - 1) *ticket = 0;
+  if (leader && ticket) {
+    tile_queue[group][1] = workers + static_cast<int>(first_draw);
+    if (!drawn && first_draw == static_cast<unsigned>(workers) - 1) *ticket = 0;
   }
-  meet();
+  if (drawn) meet();
   struct Slab {
     int sub, at;  // at: its first entry in its list
   };
@@ -355,18 +359,28 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
 #pragma unroll 1
   for (int i = 0; i < kStages - 1; ++i) load(i);
 
-  int sum[16][4], centre[Column::kOperands];
+  int sum[Column::kParts][16][4], centre[Column::kParts][Column::kOperands];
   const auto clear = [&] {
 #pragma unroll
-    for (int i = 0; i < 16; ++i) sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = 0;
+    for (int part = 0; part < Column::kParts; ++part) {
 #pragma unroll
-    for (int f = 0; f < Column::kOperands; ++f) centre[f] = 0;
+      for (int i = 0; i < 16; ++i) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum[part][i][e] = 0;
+      }
+#pragma unroll
+      for (int f = 0; f < Column::kOperands; ++f) centre[part][f] = 0;
+    }
   };
   clear();
   const int my_block = g / Column::kPerBlock % Column::kBlocksEach, my_row = g % Column::kPerBlock / 2;
   const float first_weight = unit_weight(item(a.bits_of, 0));
-  const float largest = __uint_as_float(bound_bits[my_row]) * first_weight;
-  const float to_integer = largest > 1e-30f ? __fdividef(kLargest, largest) : 0.0f;
+  float to_integer[Column::kParts];
+#pragma unroll
+  for (int part = 0; part < Column::kParts; ++part) {
+    const float largest = __uint_as_float(bound_bits[part * Column::kRowsEach + my_row]) * first_weight;
+    to_integer[part] = largest > 1e-30f ? __fdividef(kLargest, largest) : 0.0f;
+  }
   const std::uint32_t pick = g % 2 ? 0x51 : 0x40, flip = g % 2 ? 0 : 0x80808080u;
   const float* my_values = values + my_row * a.capacity + t * 4;
   const std::uint8_t* my_codes = ring + t * 64 + ((g / 2) ^ (t / 2 * 2)) * 16 + g % 2 * 8;
@@ -380,7 +394,7 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
     for (; slab < slabs; slab += k_warps) {
       const Slab now = find(slab);
       const bool is_two = !kOneBit || !(a.one_bit >> now.sub & 1);
-      const float unit = to_integer * unit_weight(item(a.bits_of, now.sub));
+      const float weight = unit_weight(item(a.bits_of, now.sub));
       ptx::wait_copies<kStages - 2>();
       __syncwarp();
 
@@ -401,23 +415,30 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
         }
       }
       // Their coefficients: one column of each operand.
-      std::uint32_t coefficient[Column::kOperands][2];
+      std::uint32_t coefficient[Column::kParts][Column::kOperands][2];
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float4 v = *reinterpret_cast<const float4*>(my_values + now.at + h * 16);
-        const float value[4] = {v.x * unit, v.y * unit, v.z * unit, v.w * unit};
+      for (int part = 0; part < Column::kParts; ++part) {
+        const float unit = to_integer[part] * weight;
 #pragma unroll
-        for (int f = 0; f < Column::kOperands; ++f) {
-          std::uint32_t q[4];
+        for (int h = 0; h < 2; ++h) {
+          const float4 v = *reinterpret_cast<const float4*>(my_values + part * Column::kRowsEach * a.capacity + now.at +
+                                                            h * 16);
+          const float value[4] = {v.x * unit, v.y * unit, v.z * unit, v.w * unit};
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float s = __half2float(my_scales[stage * (Layout::kStageBytes / 2) + (h * 16 + i * 4) * kBlocks +
-                                                   f * Column::kBlocksEach]);
-            q[i] = __float_as_uint(fmaf(value[i], s, kToInteger + kCarry));
+          for (int f = 0; f < Column::kOperands; ++f) {
+            std::uint32_t q[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const float s = __half2float(my_scales[stage * (Layout::kStageBytes / 2) + (h * 16 + i * 4) * kBlocks +
+                                                     f * Column::kBlocksEach]);
+              q[i] = __float_as_uint(fmaf(value[i], s, kToInteger + kCarry));
+            }
+            const std::uint32_t bytes =
+                __byte_perm(__byte_perm(q[0], q[1], pick), __byte_perm(q[2], q[3], pick), 0x5410) ^ flip;
+            centre[part][f] =
+                __dp4a(static_cast<int>(bytes), is_two ? 0x03030303 : 0x01010101, centre[part][f]);
+            coefficient[part][f][h] = bytes;
           }
-          coefficient[f][h] =
-              __byte_perm(__byte_perm(q[0], q[1], pick), __byte_perm(q[2], q[3], pick), 0x5410) ^ flip;
-          centre[f] = __dp4a(static_cast<int>(coefficient[f][h]), is_two ? 0x03030303 : 0x01010101, centre[f]);
         }
       }
       load(stage == 0 ? kStages - 1 : stage - 1);  // the stage that was read one slab ago
@@ -444,8 +465,11 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
           std::uint32_t mask = 0;
 #pragma unroll
           for (int b = j - j % kNested; b <= j; ++b) mask |= (is_two ? 0x03030303u : 0x01010101u) << (2 * b);
-          ptx::mma_u8_s8(sum[i], code[0] & mask, code[1] & mask, code[2] & mask, code[3] & mask, coefficient[f][0],
-                         coefficient[f][1]);
+#pragma unroll
+          for (int part = 0; part < Column::kParts; ++part) {
+            ptx::mma_u8_s8(sum[part][i], code[0] & mask, code[1] & mask, code[2] & mask, code[3] & mask,
+                           coefficient[part][f][0], coefficient[part][f][1]);
+          }
         }
       }
       stage = stage + 1 == kStages ? 0 : stage + 1;
@@ -457,8 +481,9 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
     constexpr int kTilesEach = 16 / kBlocks;
     const int pair_block = 2 * t / Column::kPerBlock, pair_row = 2 * t % Column::kPerBlock / 2;
 #pragma unroll
-    for (int f = 0; f < Column::kOperands; ++f) {
-      int c = centre[f];
+    for (int operand = 0; operand < Column::kParts * Column::kOperands; ++operand) {
+      const int part = operand / Column::kOperands, f = operand % Column::kOperands;
+      int c = centre[part][f];
       c += __shfl_xor_sync(~0u, c, 1);
       c += __shfl_xor_sync(~0u, c, 2);  // lane 4 * column + any holds the column's
       const int centred = __shfl_sync(~0u, c, t * 8) + 256 * __shfl_sync(~0u, c, t * 8 + 4);
@@ -469,17 +494,17 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
         const bool exact = j % 4 == 0;  // not nested
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          kept[e] = sum[f * Column::kBlocksEach * kTilesEach + j][e];
+          kept[e] = sum[part][f * Column::kBlocksEach * kTilesEach + j][e];
 #pragma unroll
           for (int b = 1; b < Column::kBlocksEach; ++b) {
-            if (pair_block == b) kept[e] = sum[(f * Column::kBlocksEach + b) * kTilesEach + j][e];
+            if (pair_block == b) kept[e] = sum[part][(f * Column::kBlocksEach + b) * kTilesEach + j][e];
           }
           whole[e] = exact ? kept[e] : kept[e] - before[e];
           before[e] = kept[e];
         }
         if (pair_block < Column::kBlocksEach) {
           const int i = (f * Column::kBlocksEach + pair_block) * kTilesEach + j;
-          int* to = &sums[pair_row * kTile + 16 * i + g];
+          int* to = &sums[(part * Column::kRowsEach + pair_row) * kTile + 16 * i + g];
           const int down = 2 * (i % 4);
           const int upper = 2 * (256 * (whole[1] >> down) + (whole[0] >> down)) - centred;
           const int lower = 2 * (256 * (whole[3] >> down) + (whole[2] >> down)) - centred;
@@ -640,7 +665,7 @@ GemvArgs device_args(const GemvParams& p) {
   a.slices = p.plan.slices;
   a.prefetch_channels = p.plan.prefetch ? a.k : 0;
   a.overlap = p.overlap ? 1 : 0;
-  a.tickets = p.plan.drawn ? p.arrivals + gemv_tile_counters(w.n, p.m) : nullptr;
+  a.tickets = p.plan.drawn ? p.arrivals + gemv_tile_counters(p.plan, w.n, p.m) : nullptr;
   while (1 << a.k_warp_bits < p.plan.k_warps) ++a.k_warp_bits;
   a.columns = p.plan.columns;
   a.chunks = (a.k + kSlab - 1) / kSlab;
@@ -667,7 +692,8 @@ Status launch_planes(const GemvArgs& a, bool large, cudaStream_t stream) {
   switch (gemv_instance(a.m, kOneBit, large).rows) {
     case 1: return launch_rows<1, kBlocks, kOneBit>(a, large, stream);
     case 2: return launch_rows<2, kBlocks, kOneBit>(a, large, stream);
-    default: return launch_rows<4, kBlocks, kOneBit>(a, large, stream);
+    case 4: return launch_rows<4, kBlocks, kOneBit>(a, large, stream);
+    default: return launch_instance<8, kBlocks, kOneBit, true>(a, stream);
   }
 }
 

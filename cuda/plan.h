@@ -41,14 +41,16 @@ struct GemvInstance {
   int rows, warps, stages;
 };
 constexpr GemvInstance gemv_instance(std::int64_t m, bool one_bit, bool large) {
-  const int rows = m == 1 ? 1 : m == 2 ? 2 : 4;
+  const int most = large ? 8 : 4;
+  const int rows = m == 1 ? 1 : m == 2 ? 2 : m <= 4 || most == 4 ? 4 : 8;
   if (!large) return {rows, 8, 2};
+  if (rows == 8) return {rows, 8, 2};
   return rows == 1 && !one_bit ? GemvInstance{1, 16, 3} : GemvInstance{rows, 8, 4};
 }
 
 // More rows than an instance takes are further layers of the grid.
-constexpr std::int64_t gemv_layers(std::int64_t m) {
-  const int rows = gemv_instance(m, false, true).rows;
+constexpr std::int64_t gemv_layers(std::int64_t m, bool large) {
+  const int rows = gemv_instance(m, false, large).rows;
   return (m + rows - 1) / rows;
 }
 
@@ -57,13 +59,22 @@ namespace plan_detail {
 inline constexpr int kLargeShared = 200 * 1024;  // A100, H100, B200; 99 KB elsewhere
 inline constexpr int kStageBytes = kSlab * (run_bytes(2) + 16);
 
-// The shared memory of four rows bounds a slice: copies in flight, sums, and 20 bytes for each entry of the
-// lists, one entry for each channel and subplane.
+// The shared memory that an instance needs: copies in flight, sums of the groups, and for each channel and
+// subplane an entry of a list with a value for each row.
+constexpr int shared_bytes(const GemvInstance& instance, int k_warps, int subplanes, int slice_chunks) {
+  return instance.warps * instance.stages * kStageBytes + instance.warps / k_warps * instance.rows * kTile * 4 +
+         slice_chunks * kSlab * subplanes * 4 * (1 + instance.rows) + 2048;
+}
+
+// It bounds a slice, for the instances of any number of rows: with all warps on one tile, all must fit.
 constexpr int most_slice_chunks(const GemvShape& shape, const Gpu& gpu) {
   const bool large = gpu.shared_bytes >= kLargeShared;
-  const GemvInstance most = gemv_instance(4, shape.one_bit, large);
-  const int left = gpu.shared_bytes - most.warps * (most.stages * kStageBytes + 4 * kTile * 4) - 2048;
-  return std::clamp(left / (20 * shape.subplanes * kSlab), 1, 32);
+  int chunks = 32;
+  for (int m = 1; m <= 8; m *= 2) {
+    const GemvInstance instance = gemv_instance(m, shape.one_bit, large);
+    while (chunks > 1 && shared_bytes(instance, instance.warps, shape.subplanes, chunks) > gpu.shared_bytes) --chunks;
+  }
+  return chunks;
 }
 
 // What a cut costs, in nanoseconds of an H100 (docs/kernel-notes.md): streaming, the grading of a slice,
@@ -75,14 +86,17 @@ struct Cut {
   double cost = 1e30;
 };
 
-inline Cut best_with_slices(std::int64_t tiles, int chunks, int slices, int warps, int multiprocessors) {
+inline Cut best_with_slices(const GemvShape& shape, const Gpu& gpu, int slices, const GemvInstance& instance) {
   Cut best;
+  const int warps = instance.warps, chunks = static_cast<int>((shape.k + kSlab - 1) / kSlab);
+  const std::int64_t tiles = tile_count(shape.n);
   const int slice_chunks = (chunks + slices - 1) / slices;
   const double fixed = (slice_chunks + warps - 1) / warps * kPerRound + slices * kPerSlice;
   for (int k_warps = 1; k_warps <= warps; k_warps *= 2) {
+    if (shared_bytes(instance, k_warps, shape.subplanes, slice_chunks) > gpu.shared_bytes) continue;
     const int groups = warps / k_warps;
     const std::int64_t wanted = (tiles + groups - 1) / groups;
-    const int columns = static_cast<int>(std::min<std::int64_t>(wanted, std::max(1, multiprocessors / slices)));
+    const int columns = static_cast<int>(std::min<std::int64_t>(wanted, std::max(1, gpu.multiprocessors / slices)));
     const double turns = static_cast<double>(tiles) / (columns * groups);
     const bool drawn = turns >= 3;
     const double whole = drawn ? turns + 0.5 : static_cast<double>((wanted + columns - 1) / columns);
@@ -98,13 +112,11 @@ inline Cut best_with_slices(std::int64_t tiles, int chunks, int slices, int warp
 // its batch.
 inline GemvPlan plan_gemv(const GemvShape& shape, const Gpu& gpu) {
   using plan_detail::Cut;
-  const std::int64_t tiles = tile_count(shape.n);
   const bool large = gpu.shared_bytes >= plan_detail::kLargeShared;
   const int chunks = static_cast<int>((shape.k + kSlab - 1) / kSlab);
   const int most = plan_detail::most_slice_chunks(shape, gpu), least = std::max(1, (chunks + most - 1) / most);
   const auto cut = [&](int slices, std::int64_t m) {
-    return plan_detail::best_with_slices(tiles, chunks, slices, gemv_instance(m, shape.one_bit, large).warps,
-                                         gpu.multiprocessors);
+    return plan_detail::best_with_slices(shape, gpu, slices, gemv_instance(m, shape.one_bit, large));
   };
   Cut best;
   for (int slices = least; slices <= std::max(least, std::min(chunks, 48)); ++slices) {
@@ -121,9 +133,11 @@ inline GemvPlan plan_gemv(const GemvShape& shape, const Gpu& gpu) {
 constexpr std::int64_t gemv_partial_count(const GemvPlan& plan, std::int64_t n, std::int64_t m) {
   return plan.slices > 1 ? plan.slices * m * tile_count(n) * kTile : 0;
 }
-constexpr std::int64_t gemv_tile_counters(std::int64_t n, std::int64_t m) { return gemv_layers(m) * tile_count(n); }
+constexpr std::int64_t gemv_tile_counters(const GemvPlan& plan, std::int64_t n, std::int64_t m) {
+  return gemv_layers(m, plan.large) * tile_count(n);
+}
 constexpr std::int64_t gemv_counter_count(const GemvPlan& plan, std::int64_t n, std::int64_t m) {
-  return gemv_tile_counters(n, m) + gemv_layers(m) * plan.slices;
+  return gemv_tile_counters(plan, n, m) + gemv_layers(m, plan.large) * plan.slices;
 }
 
 }  // namespace grinqh::cuda

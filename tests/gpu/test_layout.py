@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from layers import make_layer
+from gpu_layers import make_layer
 
 ops = torch.ops.grinqh
 

@@ -1,0 +1,198 @@
+"""Times the GEMV on one GPU against dense and 4-bit rivals, in one run, and writes JSON.
+
+    python benchmarks/gemv.py --json benchmarks/results/gemv_h100.json
+    python benchmarks/gemv.py --report benchmarks/results/gemv_h100.json   # the table of docs/performance.md
+
+Every figure is the median over replays of a CUDA graph of many calls on rotating copies of the weights, which
+together exceed the L2 cache several times. Rivals that are not installed are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from gemv_report import write_report
+from gemv_rivals import RIVALS
+from torch import Tensor
+
+import grinqh  # noqa: F401  registers torch.ops.grinqh
+
+SHAPES = [
+    (4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336),
+    (8192, 8192), (16384, 16384), (57344, 8192), (8192, 28672),
+]  # fmt: skip
+WIDTHS = [2, 2, 2, 2]
+BLOCK = 64
+WORKING_SET = 400 << 20  # bytes read before a copy of the weights comes again
+ops = torch.ops.grinqh
+
+
+def median_microseconds(calls: list[Callable[[], object]], replays: int = 9) -> float:
+    """Microseconds of one call, all of `calls` captured into one graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        calls[0]()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for call in calls:
+                call()
+        times = []
+        for _ in range(replays + 2):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) * 1e3 / len(calls))
+    return statistics.median(times[2:])
+
+
+def copies_for(bytes_read: float) -> int:
+    """Copies of the weights to rotate through."""
+    return max(2, min(32, round(WORKING_SET / bytes_read)))
+
+
+def rotating(make: Callable[[int], Callable[[], object]], copies: int) -> list[Callable[[], object]]:
+    """At least 20 calls that take the copies in turn."""
+    each = [make(c) for c in range(copies)]
+    return [each[i % copies] for i in range(max(20, copies))]
+
+
+def activations(kind: str, rows: int, k: int) -> Tensor:
+    """Gaussian values, or heavy-tailed ones (Student's t with 3 degrees of freedom)."""
+    generator = torch.Generator(device="cuda").manual_seed(k)
+    x = torch.randn(rows, k, device="cuda", generator=generator)
+    if kind == "heavy":
+        x /= (torch.randn(3, rows, k, device="cuda", generator=generator).square().mean(0)).sqrt()
+    return x.half()
+
+
+def thresholds_for(x: Tensor, bits: float) -> Tensor:
+    """Thresholds in the proportions that an error of 4^-bits gives, scaled so that x reads `bits` on average."""
+    shape = torch.tensor([1.0, 4.0, 16.0, 64.0], device=x.device)
+    importance = x.float().abs().flatten()
+    low, high = 0.0, 1e4
+    for _ in range(60):
+        middle = (low + high) / 2
+        read = sum(2.0 * (importance >= middle * s).float().mean() for s in shape)
+        low, high = (middle, high) if read > bits else (low, middle)
+    return shape * high
+
+
+class PackedCopies:
+    """Copies of a layer of random codes: the bits read and the work done are those of real ones."""
+
+    def __init__(self, n: int, k: int, copies: int) -> None:
+        tiles = (n + 255) // 256
+        self.planes = [
+            [torch.randint(0, 256, (1, tiles, k, 64), dtype=torch.uint8, device="cuda") for _ in WIDTHS]
+            for _ in range(copies)
+        ]
+        self.scales = [torch.rand(tiles * 4 + 1, k, device="cuda").half() + 0.5 for _ in range(copies)]
+        for scale in self.scales:
+            scale[-1] = 1.5
+        self.rest = (
+            torch.full((n,), 0.01, device="cuda"),
+            torch.ones(4, device="cuda"),
+            torch.arange(k, dtype=torch.int32, device="cuda"),
+            torch.ones(k, device="cuda"),
+        )
+
+    def call(self, copy: int, x: Tensor, thresholds: Tensor) -> Callable[[], object]:
+        arguments = (x, self.planes[copy], self.scales[copy], *self.rest, thresholds, WIDTHS, BLOCK)
+        return lambda: ops.gemv(*arguments)
+
+
+def bytes_read(x: Tensor, thresholds: Tensor, n: int) -> tuple[float, float]:
+    """Bytes of codes and block scales that rows x need together, and the bits a weight each row reads."""
+    grades = torch.bucketize(x.float().abs(), thresholds, right=True)
+    union = grades.amax(0)
+    read = float(union.sum()) * n * 2 / 8 + float((union > 0).sum()) * n / BLOCK * 2
+    return read, float(grades.float().mean()) * 2
+
+
+def own_times(n: int, k: int, bits: list[float], rows: list[int], kinds: list[str]) -> Iterator[dict]:
+    packed = PackedCopies(n, k, copies_for(n * k / 4))
+    for kind in kinds:
+        for m in rows:
+            for target in bits:
+                x = activations(kind, m, k)
+                thresholds = thresholds_for(x, target)
+                read, realised = bytes_read(x, thresholds, n)
+
+                def make(copy: int, x: Tensor = x, thresholds: Tensor = thresholds) -> Callable[[], object]:
+                    return packed.call(copy, x, thresholds)
+
+                us = median_microseconds(rotating(make, len(packed.planes)))
+                yield {
+                    "name": "grinqh", "n": n, "k": k, "m": m, "x": kind, "bits": target, "us": us,
+                    "read_bits": realised, "bytes": read,
+                }  # fmt: skip
+
+
+def rival_times(n: int, k: int, rows: list[int], wanted: list[str]) -> Iterator[dict]:
+    for name in wanted:
+        try:
+            rival = RIVALS[name]
+            copies = copies_for(n * k * rival.bits / 8)
+            for m in rows:
+                x = activations("gaussian", m, k)
+                make = rival.prepare(x, n, k, copies)
+                us = median_microseconds(rotating(make, copies))
+                yield {"name": name, "n": n, "k": k, "m": m, "bits": rival.bits, "us": us}
+                del make
+        except Exception as problem:  # a rival that is missing or fails must not end the run
+            print(f"{name} {n}x{k}: {type(problem).__name__}: {str(problem)[:200]}", file=sys.stderr)
+        torch.cuda.empty_cache()
+
+
+def streaming_read() -> float:
+    """Terabytes a second at which a sum reads 2 GiB."""
+    data = torch.randint(0, 100, (1 << 29,), dtype=torch.int32, device="cuda").view(torch.float32)
+    parts = data.view(4, -1)
+    us = median_microseconds([lambda i=i: torch.amax(parts[i].view(1 << 14, -1), 1) for i in range(4)])
+    return parts[0].numel() * 4 / us / 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--report", type=Path, help="write docs/performance.md from these results, time nothing")
+    parser.add_argument("--shapes", type=int, nargs="*", default=list(range(len(SHAPES))), help="indices of SHAPES")
+    parser.add_argument("--bits", type=float, nargs="*", default=[1, 2, 2.5, 3, 4, 8])
+    parser.add_argument("--rows", type=int, nargs="*", default=[1])
+    parser.add_argument("--x", nargs="*", default=["gaussian"], choices=["gaussian", "heavy"])
+    parser.add_argument("--rivals", nargs="*", default=list(RIVALS), choices=list(RIVALS))
+    options = parser.parse_args()
+    if options.report:
+        write_report(json.loads(options.report.read_text()), Path(__file__).parent.parent / "docs")
+        return
+
+    results = {
+        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
+        "read_tb_s": streaming_read(), "rows": [],
+    }  # fmt: skip
+    torch.cuda.empty_cache()
+    for n, k in (SHAPES[i] for i in options.shapes):
+        for row in [
+            *own_times(n, k, options.bits, options.rows, options.x),
+            *rival_times(n, k, options.rows, options.rivals),
+        ]:
+            results["rows"].append(row)
+            print(" ".join(f"{key}={value:.5g}" if isinstance(value, float) else f"{key}={value}"
+                           for key, value in row.items()))  # fmt: skip
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(results, indent=1))
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
