@@ -72,7 +72,7 @@ def calibrate(
         InputError: data that is empty, of another type or without its tokenizer; activations or gradients that are
             NaN or infinite, by the layer's name. The model is then unchanged.
 
-    Source: DESIGN.md sections 2 and 4.
+    Source: docs/method.md, after arXiv 2606.23419.
     """
     config, layers = model_config(model), packed_layers(model)
     batches = _batches(data, tokenizer, sequence_length, max_tokens)
