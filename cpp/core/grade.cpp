@@ -64,9 +64,7 @@ void gather_row(const void* x_row, Dtype dtype, const PackedWeight& weight, std:
     for (std::size_t i = 0; i < values.size(); ++i) values[i] = load(feature[i]);
   };
   switch (dtype) {
-    case Dtype::f32:
-      gather([x = static_cast<const float*>(x_row)](std::int32_t j) { return x[j]; });
-      return;
+    case Dtype::f32: gather([x = static_cast<const float*>(x_row)](std::int32_t j) { return x[j]; }); return;
     case Dtype::f16:
       gather([x = static_cast<const std::uint16_t*>(x_row)](std::int32_t j) { return half_to_float(x[j]); });
       return;

@@ -41,26 +41,18 @@ inline std::uint16_t float_to_bfloat16(float value) {
 
 inline float load_float(const void* data, std::int64_t index, Dtype dtype) {
   switch (dtype) {
-    case Dtype::f16:
-      return half_to_float(static_cast<const std::uint16_t*>(data)[index]);
-    case Dtype::bf16:
-      return bfloat16_to_float(static_cast<const std::uint16_t*>(data)[index]);
-    case Dtype::f32:
-      break;
+    case Dtype::f16: return half_to_float(static_cast<const std::uint16_t*>(data)[index]);
+    case Dtype::bf16: return bfloat16_to_float(static_cast<const std::uint16_t*>(data)[index]);
+    case Dtype::f32: break;
   }
   return static_cast<const float*>(data)[index];
 }
 
 inline void store_float(void* data, std::int64_t index, Dtype dtype, float value) {
   switch (dtype) {
-    case Dtype::f16:
-      static_cast<std::uint16_t*>(data)[index] = float_to_half(value);
-      return;
-    case Dtype::bf16:
-      static_cast<std::uint16_t*>(data)[index] = float_to_bfloat16(value);
-      return;
-    case Dtype::f32:
-      break;
+    case Dtype::f16: static_cast<std::uint16_t*>(data)[index] = float_to_half(value); return;
+    case Dtype::bf16: static_cast<std::uint16_t*>(data)[index] = float_to_bfloat16(value); return;
+    case Dtype::f32: break;
   }
   static_cast<float*>(data)[index] = value;
 }

@@ -13,22 +13,17 @@ namespace grinqh {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
-    case Isa::scalar:
-      return "scalar";
-    case Isa::avx2:
-      return "avx2";
-    case Isa::avx512:
-      return "avx512";
-    case Isa::neon:
-      return "neon";
+    case Isa::scalar: return "scalar";
+    case Isa::avx2: return "avx2";
+    case Isa::avx512: return "avx512";
+    case Isa::neon: return "neon";
   }
   return "unknown";
 }
 
 bool isa_available(Isa isa) {
   switch (isa) {
-    case Isa::scalar:
-      return true;
+    case Isa::scalar: return true;
 #if defined(__x86_64__)
     case Isa::avx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
@@ -37,17 +32,13 @@ bool isa_available(Isa isa) {
       return isa_available(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
              __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
-    case Isa::neon:
-      return false;
+    case Isa::neon: return false;
 #elif defined(__aarch64__)
-    case Isa::neon:
-      return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+    case Isa::neon: return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
     case Isa::avx2:
-    case Isa::avx512:
-      return false;
+    case Isa::avx512: return false;
 #else
-    default:
-      return false;
+    default: return false;
 #endif
   }
   return false;
@@ -69,16 +60,12 @@ Status current_isa(Isa& isa) {
 cpu::Kernels cpu::kernels_for(Isa isa) {
   switch (isa) {
 #if defined(__x86_64__)
-    case Isa::avx2:
-      return avx2_kernels();
-    case Isa::avx512:
-      return avx512_kernels();
+    case Isa::avx2: return avx2_kernels();
+    case Isa::avx512: return avx512_kernels();
 #elif defined(__aarch64__)
-    case Isa::neon:
-      return neon_kernels();
+    case Isa::neon: return neon_kernels();
 #endif
-    default:
-      return scalar_kernels();
+    default: return scalar_kernels();
   }
 }
 

@@ -54,8 +54,7 @@ Status check_dtype(Dtype dtype) {
   switch (dtype) {
     case Dtype::f32:
     case Dtype::f16:
-    case Dtype::bf16:
-      return {};
+    case Dtype::bf16: return {};
   }
   return error("dtype is %d: allowed are float32, float16 and bfloat16", static_cast<int>(dtype));
 }

@@ -203,18 +203,10 @@ class VectorKernel {
   static void add_plane(const PackedWeight& weight, int plane, const Coefficients& coefficients, Upcoming upcoming,
                         Range outputs, float* sums) {
     switch (weight.widths.width[plane]) {
-      case 1:
-        add_plane_of<1>(weight, plane, coefficients, upcoming, outputs, sums);
-        return;
-      case 2:
-        add_plane_of<2>(weight, plane, coefficients, upcoming, outputs, sums);
-        return;
-      case 4:
-        add_plane_of<4>(weight, plane, coefficients, upcoming, outputs, sums);
-        return;
-      default:
-        add_plane_of<8>(weight, plane, coefficients, upcoming, outputs, sums);
-        return;
+      case 1: add_plane_of<1>(weight, plane, coefficients, upcoming, outputs, sums); return;
+      case 2: add_plane_of<2>(weight, plane, coefficients, upcoming, outputs, sums); return;
+      case 4: add_plane_of<4>(weight, plane, coefficients, upcoming, outputs, sums); return;
+      default: add_plane_of<8>(weight, plane, coefficients, upcoming, outputs, sums); return;
     }
   }
 

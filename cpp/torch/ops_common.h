@@ -21,28 +21,17 @@ inline void throw_if_error(const char* op, const Status& status) {
 
 inline const char* dtype_name(ScalarType type) {
   switch (type) {
-    case ScalarType::Byte:
-      return "uint8";
-    case ScalarType::Char:
-      return "int8";
-    case ScalarType::Short:
-      return "int16";
-    case ScalarType::Int:
-      return "int32";
-    case ScalarType::Long:
-      return "int64";
-    case ScalarType::Half:
-      return "float16";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::Bool:
-      return "bool";
-    default:
-      return "another dtype";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Bool: return "bool";
+    default: return "another dtype";
   }
 }
 
@@ -77,12 +66,9 @@ inline void check_tensor(const char* op, const std::string& name, const Tensor& 
 
 inline Dtype to_dtype(const char* op, const char* name, ScalarType type) {
   switch (type) {
-    case ScalarType::Float:
-      return Dtype::f32;
-    case ScalarType::Half:
-      return Dtype::f16;
-    case ScalarType::BFloat16:
-      return Dtype::bf16;
+    case ScalarType::Float: return Dtype::f32;
+    case ScalarType::Half: return Dtype::f16;
+    case ScalarType::BFloat16: return Dtype::bf16;
     default:
       STD_TORCH_CHECK(false, "grinqh::", op, ": ", name, " is ", dtype_name(type),
                       ": allowed are float32, float16 and bfloat16");

@@ -79,7 +79,8 @@ PackedWeight to_tiled(const char* op, const PackedTensors& tensors, const Tensor
                   " and K ", weight.k, ": allowed are N < 2^31 and K < 2^28");
   add_tiled_planes(op, tensors.planes, like, weight);
   check_tensor(op, "block_scale", tensors.block_scale, ScalarType::Half,
-               {cuda::tile_count(weight.n) * cuda::blocks_per_tile(static_cast<int>(weight.block)) + 1, weight.k}, like);
+               {cuda::tile_count(weight.n) * cuda::blocks_per_tile(static_cast<int>(weight.block)) + 1, weight.k},
+               like);
   check_tensor(op, "gain", tensors.gain, ScalarType::Float, {weight.widths.count}, like);
   weight.block_scale = static_cast<const uint16_t*>(tensors.block_scale.const_data_ptr());
   weight.row_scale = static_cast<const float*>(tensors.row_scale.const_data_ptr());
@@ -89,10 +90,10 @@ PackedWeight to_tiled(const char* op, const PackedTensors& tensors, const Tensor
 }
 
 PackedWeight to_tiled(const char* op, const LayerArguments& layer, const Tensor& like) {
-  return to_tiled(op,
-                  {layer.planes, layer.block_scale, layer.row_scale, layer.gain, layer.channel_order, layer.widths,
-                   layer.block},
-                  like);
+  return to_tiled(
+      op,
+      {layer.planes, layer.block_scale, layer.row_scale, layer.gain, layer.channel_order, layer.widths, layer.block},
+      like);
 }
 
 cuda::GradeParams grade_params(const Rows& rows, Dtype dtype, const PackedWeight& weight, const Grading& grading) {
@@ -173,11 +174,11 @@ void run_gemv(const char* op, const Tensor& x, const LayerArguments& layer, Tens
   params.bias = layer.bias.has_value() ? layer.bias->const_data_ptr() : nullptr;
   params.y = y.mutable_data_ptr();
   params.plan = plan_for(shape_of(weight, rows.count), gpu);
-  const Tensor partial = torch::stable::new_empty(
-      x, {cuda::gemv_partial_count(params.plan, weight.n, rows.count)}, ScalarType::Float);
+  const Tensor partial =
+      torch::stable::new_empty(x, {cuda::gemv_partial_count(params.plan, weight.n, rows.count)}, ScalarType::Float);
   params.partial = static_cast<float*>(partial.mutable_data_ptr());
-  throw_if_error(op, cuda::counters_for(stream, cuda::gemv_counter_count(params.plan, weight.n, rows.count),
-                                        &params.arrivals));
+  throw_if_error(
+      op, cuda::counters_for(stream, cuda::gemv_counter_count(params.plan, weight.n, rows.count), &params.arrivals));
   throw_if_error(op, cuda::gemv(params, stream));
 }
 
@@ -196,8 +197,8 @@ Tensor gemv_cuda(Tensor x, GRINQH_LAYER_PARAMETERS) {
 
 void gemv_out_cuda(Tensor x, GRINQH_LAYER_PARAMETERS, Tensor out) {
   const LayerArguments layer = GRINQH_LAYER_ARGUMENTS;
-  bool fits = x.dim() >= 1 && out.dim() == x.dim() && row_scale.dim() == 1 &&
-              out.size(out.dim() - 1) == row_scale.size(0);
+  bool fits =
+      x.dim() >= 1 && out.dim() == x.dim() && row_scale.dim() == 1 && out.size(out.dim() - 1) == row_scale.size(0);
   for (int64_t d = 0; fits && d + 1 < x.dim(); ++d) fits = out.size(d) == x.size(d);
   STD_TORCH_CHECK(fits, "grinqh::gemv: out has shape ", shape_text(out), ": it must be that of x, ", shape_text(x),
                   ", with N, the length of row_scale ", shape_text(row_scale), ", as its last size");
@@ -255,8 +256,7 @@ Tensor linear_cuda(Tensor x, GRINQH_LAYER_PARAMETERS, int64_t max_graded_rows) {
   for (int64_t tile = 0; tile < tiles; tile += strip) {
     const int64_t end = std::min(tiles, tile + strip);
     const int64_t first = tile * cuda::kTile, count = std::min(end * cuda::kTile, weight.n) - first;
-    const Tensor dense =
-        dense_tiles("linear", weight, x, x.scalar_type(), weight.widths.count, tile, end);
+    const Tensor dense = dense_tiles("linear", weight, x, x.scalar_type(), weight.widths.count, tile, end);
     Tensor product = torch::stable::matmul(x_rows, dense);
     if (layer.bias.has_value()) {
       Tensor bias_part = *layer.bias;
@@ -315,18 +315,18 @@ std::tuple<std::vector<Tensor>, Tensor> repack_cuda(std::vector<Tensor> planes, 
   std::vector<Tensor> tiled;
   for (int p = 0; p < weight.widths.count; ++p) {
     const int width = weight.widths.width[p];
-    tiled.push_back(torch::stable::new_empty(block_scale,
-                                             {cuda::sub_count(width), cuda::tile_count(n), weight.channels[p],
-                                              cuda::run_bytes(cuda::sub_width(width))},
-                                             ScalarType::Byte));
+    tiled.push_back(torch::stable::new_empty(
+        block_scale,
+        {cuda::sub_count(width), cuda::tile_count(n), weight.channels[p], cuda::run_bytes(cuda::sub_width(width))},
+        ScalarType::Byte));
     throw_if_error("repack", cuda::repack_plane(weight.plane[p], n, weight.channels[p], width,
                                                 static_cast<uint8_t*>(tiled.back().mutable_data_ptr()), stream));
   }
   Tensor scale = torch::stable::new_empty(
       block_scale, {cuda::tile_count(n) * cuda::blocks_per_tile(static_cast<int>(block)) + 1, weight.k});
-  throw_if_error("repack", cuda::repack_scale(static_cast<const uint16_t*>(block_scale.const_data_ptr()), n, weight.k,
-                                              static_cast<int>(block),
-                                              static_cast<uint16_t*>(scale.mutable_data_ptr()), stream));
+  throw_if_error("repack",
+                 cuda::repack_scale(static_cast<const uint16_t*>(block_scale.const_data_ptr()), n, weight.k,
+                                    static_cast<int>(block), static_cast<uint16_t*>(scale.mutable_data_ptr()), stream));
   return {tiled, scale};
 }
 
@@ -345,8 +345,8 @@ std::tuple<std::vector<Tensor>, Tensor> unpack_tiles_cuda(std::vector<Tensor> pl
   std::vector<Tensor> canonical;
   for (int p = 0; p < weight.widths.count; ++p) {
     const int width = weight.widths.width[p];
-    canonical.push_back(torch::stable::new_empty(block_scale, {weight.channels[p], plane_row_bytes(n, width)},
-                                                 ScalarType::Byte));
+    canonical.push_back(
+        torch::stable::new_empty(block_scale, {weight.channels[p], plane_row_bytes(n, width)}, ScalarType::Byte));
     throw_if_error("unpack_tiles",
                    cuda::unpack_plane(weight.plane[p], n, weight.channels[p], width,
                                       static_cast<uint8_t*>(canonical.back().mutable_data_ptr()), stream));

@@ -98,7 +98,8 @@ def pack_weight(
     Raises:
         InputError: a weight that is no matrix, has no data, or holds NaN or infinity.
 
-    Source: docs/method.md, after arXiv 2606.23419; the steps are the ops sort_channels, quantize and pack of docs/ops.md.
+    Source: docs/method.md, after arXiv 2606.23419; the steps are the ops sort_channels, quantize and pack of
+    docs/ops.md.
     """
     check_weight(name, weight)
     ops = torch.ops.grinqh
