@@ -27,6 +27,7 @@ from grinqh.benchmark import (
     random_layers,
     rotation_count,
 )
+from grinqh.cli.common import calm_libraries
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (576, 1536))  # N x K
 READ_BITS = (8.0, 4.0, 3.0, 2.0, 1.0)
@@ -119,6 +120,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="time spent on each figure (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=64, help="tokens decoded at each setting (default: %(default)s)")
     arguments = parser.parse_args()
+    calm_libraries()
 
     figures = len(SHAPES) * (len(DECODE_ROWS) * (2 + len(READ_BITS)) + len(PREFILL_ROWS) * 3)
     result = stamp()

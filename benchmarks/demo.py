@@ -22,10 +22,10 @@ import torch
 from common import CACHE, RESULTS, stamp, write_json
 from tables import demo_notes, demo_table
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
 
 import grinqh
 from grinqh.benchmark import decode_tokens_per_second
+from grinqh.cli.common import calm_libraries
 from grinqh.convert import convert
 from grinqh.errors import InputError
 from grinqh.evaluate import Reference, Score, evaluate, token_windows
@@ -201,9 +201,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def main() -> int:
-    logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+    calm_libraries()
     torch.manual_seed(0)
     model, tokenizer = converted_model()
 

@@ -54,8 +54,8 @@ def demo_notes(result: dict[str, Any]) -> str:
         f"{result['model']}. Perplexity, KL divergence (nats per token) and top-1 agreement are against the model at "
         f"full precision, on {result['text']}: {result['windows']}; every token graded on its own. Calibration text: "
         f"{result['calibration']}. The model's file lies on a 4-bit grid, which flatters any method that quantizes "
-        f"it. Read and stored bits are those of the quantized layers; MB on disk is the whole model with its "
-        f"unquantized float32 embedding. Measured on: {describe_machine(result)}"
+        f"it. Read and stored bits are those of the quantized layers; MB on disk is the whole model, its embedding "
+        f"left in float32. Measured on: {describe_machine(result)}"
     )
 
 

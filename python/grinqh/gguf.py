@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import io
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,9 +47,10 @@ def load_gguf_model(path: Path, dtype: torch.dtype | str) -> PreTrainedModel:
 
     model: PreTrainedModel
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=dtype
-        )
+        with _no_bar_unless_watched():
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=dtype
+            )
     except Exception as error:  # unknown architectures, missing metadata: transformers has many ways to say so
         raise InputError(f"cannot read GGUF file {path}: {error}") from error
     return model
@@ -61,3 +66,10 @@ def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     except Exception as error:
         raise InputError(f"cannot read the tokenizer of GGUF file {path}: {error}") from error
     return tokenizer
+
+
+@contextmanager
+def _no_bar_unless_watched() -> Iterator[None]:
+    """Keeps stderr clean where it is no terminal: transformers shows a bar for GGUF files everywhere."""
+    with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
+        yield

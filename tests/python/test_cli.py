@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from tiny_gguf import make_gguf
 from tiny_source import make_source
 from transformers import AutoModelForCausalLM
 
@@ -73,6 +74,13 @@ def test_convert_reports_what_it_made(source: Path, text: Path, tmp_path: Path, 
     config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     assert (config["plane_widths"], config["block"], config["read_bits"]) == ([2, 2, 2, 2], 32, 2.5)
     assert "--exclude down_proj lm_head" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+def test_convert_of_a_gguf_file_is_quiet_where_nobody_watches(
+    text: Path, tmp_path: Path, result: Callable[..., Any]
+) -> None:
+    made = result("convert", make_gguf(tmp_path / "tiny.gguf"), tmp_path / "out", "--calibration", text)
+    assert made["source"] == "tiny"
 
 
 def test_info_agrees_with_the_loaded_model(model: Path, result: Callable[..., Any]) -> None:

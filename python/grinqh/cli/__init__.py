@@ -6,13 +6,13 @@ import argparse
 import shlex
 import signal
 import sys
-import warnings
 from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
 from grinqh.benchmark import versions
 from grinqh.cli import bench, convert, generate, info, ppl
+from grinqh.cli.common import calm_libraries
 from grinqh.errors import InputError
 
 COMMANDS = (convert, generate, ppl, info, bench)
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     chosen = _parser().parse_args(arguments)
     chosen.command_line = shlex.join(["grinqh", *arguments])
-    _calm_libraries()
+    calm_libraries()
     signal.signal(signal.SIGTERM, _exit_on_signal)
     try:
         chosen.run(chosen)
@@ -48,18 +48,6 @@ def _parser() -> argparse.ArgumentParser:
     for command in COMMANDS:
         command.add_parser(commands)
     return parser
-
-
-def _calm_libraries() -> None:
-    """Leaves stderr to our own words: one line for each warning, no bars where nobody watches."""
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-    try:
-        from transformers.utils import logging
-    except ImportError:
-        return  # commands that need it say so
-    logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
 
 
 def _exit_on_signal(number: int, frame: FrameType | None) -> NoReturn:
