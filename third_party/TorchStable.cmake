@@ -10,6 +10,9 @@ endif()
 
 add_library(torch_stable INTERFACE)
 target_include_directories(torch_stable SYSTEM INTERFACE "${TORCH_ROOT}/include")
+# Its headers name their files in error texts. Last on the command line, as the last prefix that fits counts:
+# torch may lie inside our own folder.
+target_compile_options(torch_stable INTERFACE "-ffile-prefix-map=${TORCH_ROOT}/include/=")
 # 2.11.0, the oldest torch that may load the result.
 target_compile_definitions(torch_stable INTERFACE TORCH_TARGET_VERSION=0x020b000000000000ULL)
 # libtorch.so needs libtorch_cpu.so, and libtorch_cuda.so too in a CUDA build of torch, so this one entry
