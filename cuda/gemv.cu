@@ -144,6 +144,7 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
   extern __shared__ __align__(128) std::uint8_t shared[];
   __shared__ int count[kSubs];
   __shared__ unsigned bound_bits[kRows], nonfinite, last_arrival[kWarps];
+  __shared__ Subplane subplane[kSubs];  // read by index: the parameters' constant memory is slow at that
   __shared__ int tile_queue[kWarps][4];  // by group: its tile of each turn, turns counted modulo 4
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -188,6 +189,7 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
   if (threadIdx.x < kSubs) count[threadIdx.x] = 0;
   if (threadIdx.x < kRows) bound_bits[threadIdx.x] = 0;
   if (threadIdx.x == 0) nonfinite = 0;
+  if (threadIdx.x < a.subs) subplane[threadIdx.x] = a.sub[threadIdx.x];
   for (int i = Layout::kSums + threadIdx.x * 16; i < Layout::total(groups, a.capacity); i += kWarps * 32 * 16)
     *reinterpret_cast<uint4*>(shared + i) = uint4{};
   __syncthreads();
@@ -195,26 +197,13 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
   ptx::launch_dependents();
   unsigned* ticket = a.tickets ? a.tickets + blockIdx.z * a.slices + slice : nullptr;
   // Every group draws once here and once for each tile it works on, so the last draw is known by its number.
-  const auto draw = [&] {
-    const unsigned number = atomicAdd(ticket, 1);
-    if (number == static_cast<unsigned>(workers + a.tiles) - 1) *ticket = 0;
-    return number;
-  };
   unsigned first_draw = 0;
-  if (leader && ticket) first_draw = draw();
+  if (leader && ticket) first_draw = atomicAdd(ticket, 1);
 
-  // Grade the slice and list its entries: one list of channels for each subplane.
-  float threshold[kSubs], gain[kSubs];  // by subplane: those of one plane share its grade
-  {
-    const int s = lane % 8;
-    const float* from = lane < 8 ? a.thresholds : a.gain;
-    const float mine = lane < 16 && s < a.subs ? __ldcg(&from[item(a.grade_of, s) - 1]) : 0.0f;
-#pragma unroll
-    for (int i = 0; i < kSubs; ++i) {
-      threshold[i] = __shfl_sync(~0u, mine, i);
-      gain[i] = __shfl_sync(~0u, mine, 8 + i);
-    }
-  }
+  // Grade the slice and list its entries: one list of channels for each subplane. Every load is issued before
+  // the first result is used.
+  const bool holds = lane < 16 && lane % 8 < a.subs;  // lane s: subplane s's threshold, lane 8 + s: its gain
+  const float held = holds ? __ldcg(&(lane < 8 ? a.thresholds : a.gain)[item(a.grade_of, lane % 8) - 1]) : 0.0f;
   const auto read_x = [&](const Channel& c, int m) {
     return c.stored > 0 && m < rows ? load_number(a.x, (first_row + m) * a.x_stride + c.feature, a.dtype) : 0.0f;
   };
@@ -223,6 +212,12 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
   for (int m = 0; m < kRows; ++m) {
     bound[m] = 0;
     next_x[m] = read_x(channel, m);
+  }
+  float threshold[kSubs], gain[kSubs];  // by subplane: those of one plane share its grade
+#pragma unroll
+  for (int s = 0; s < kSubs; ++s) {
+    threshold[s] = __shfl_sync(~0u, held, s);
+    gain[s] = __shfl_sync(~0u, held, 8 + s);
   }
 #pragma unroll 1
   for (int round = warp; round * a.slices < a.chunks; round += kWarps) {
@@ -329,7 +324,7 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
     if (load_tile < a.tiles) {
       const Slab slab = find(load_slab);
       const int* list = entries + slab.at;
-      const Subplane& sub = a.sub[slab.sub];
+      const Subplane& sub = subplane[slab.sub];
       const int mine = list[lane];
       if (!kOneBit || !(a.one_bit >> slab.sub & 1)) {
         int channel[4];
@@ -389,7 +384,8 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
   int stage = 0, slab = k_warp, turn = 0;
 #pragma unroll 1
   for (int tile = first_tile; tile < a.tiles;) {
-    const int later = leader && drawn ? workers + static_cast<int>(draw()) : 0;  // for the turn after the next
+    // For the turn after the next; nothing waits for it before this tile is done.
+    const unsigned later = leader && drawn ? atomicAdd(ticket, 1) : 0;
 #pragma unroll 1
     for (; slab < slabs; slab += k_warps) {
       const Slab now = find(slab);
@@ -519,7 +515,10 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
       }
     }
     clear();
-    if (leader && drawn) tile_queue[group][(turn + 2) % 4] = later;
+    if (leader && drawn) {
+      tile_queue[group][(turn + 2) % 4] = workers + static_cast<int>(later);
+      if (later == static_cast<unsigned>(workers + a.tiles) - 1) *ticket = 0;
+    }
     meet();
 
     // Shared memory -> float32 of the slice, or the result where there is one slice only; four outputs a thread.

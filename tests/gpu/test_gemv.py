@@ -182,6 +182,7 @@ def test_two_graphs_replay_beside_each_other() -> None:
             assert all(torch.equal(y, wanted[m]) for y in results[m])
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch, in its own compiler
 @pytest.mark.parametrize("rows", [1, 64])
 def test_compiles_with_cuda_graphs(rows: int) -> None:
     arguments, x = make_layer(512, 256).cuda().arguments(), make_x(rows, 256, torch.float16).cuda()

@@ -1,0 +1,96 @@
+// The tile order and the cut of the GEMV: host logic, tested without a GPU.
+#include <gtest/gtest.h>
+
+#include <set>
+#include <tuple>
+#include <utility>
+
+#include "layout.h"
+#include "plan.h"
+
+namespace grinqh::cuda {
+namespace {
+
+constexpr Gpu kH100{132, 232448};
+constexpr Gpu kSmall{84, 101376};  // sm_86
+
+TEST(Layout, EveryBitOfARunBelongsToOneOutput) {
+  for (const int width : {1, 2}) {
+    std::set<std::pair<int, int>> seen;
+    for (int output = 0; output < kTile; ++output) {
+      const RunPosition at = run_position(output, width);
+      EXPECT_LT(at.byte, run_bytes(width));
+      EXPECT_EQ(at.shift % width, 0);
+      EXPECT_EQ(run_output(at.byte, at.shift, width), output);
+      seen.insert({at.byte, at.shift});
+    }
+    EXPECT_EQ(seen.size(), static_cast<size_t>(kTile));
+  }
+}
+
+TEST(Layout, MaskedBytesAreCodesTimesAPowerOfFourForBothWidths) {
+  for (int output = 0; output < kTile; ++output) {
+    const int i = output / 16;
+    EXPECT_EQ(run_position(output, 2).shift, 2 * (i % 4));
+    EXPECT_EQ(run_position(output, 1).shift - i / 4 % 2, 2 * (i % 4));
+  }
+}
+
+TEST(Layout, RunsOfATileAndSubplaneDoNotOverlap) {
+  EXPECT_EQ(run_offset(0, 1, 10, 64), 64);
+  EXPECT_EQ(run_offset(1, 0, 10, 64), 640);
+  EXPECT_EQ(plane_bytes(300, 10, 8), 4 * 2 * 10 * 64);
+  EXPECT_EQ(scale_count(300, 10, 64), (2 * 4 + 1) * 10);
+}
+
+class PlanOfShape : public testing::TestWithParam<std::tuple<int, int>> {};
+
+TEST_P(PlanOfShape, SlicesDoNotDependOnTheRows) {
+  const auto [n, k] = GetParam();
+  for (const Gpu& gpu : {kH100, kSmall}) {
+    for (const bool one_bit : {false, true}) {
+      const int subplanes = one_bit ? 8 : 4;
+      const GemvPlan alone = plan_gemv({n, k, 1, subplanes, one_bit}, gpu);
+      for (const int m : {2, 3, 4, 5, 8, 16}) {
+        EXPECT_EQ(plan_gemv({n, k, m, subplanes, one_bit}, gpu).slices, alone.slices);
+      }
+    }
+  }
+}
+
+TEST_P(PlanOfShape, FitsSharedMemoryAndCoversTheTiles) {
+  const auto [n, k] = GetParam();
+  for (const Gpu& gpu : {kH100, kSmall}) {
+    for (const int subplanes : {1, 4, 5, 8}) {
+      for (const int m : {1, 2, 4, 8}) {
+        const bool one_bit = subplanes > 4;
+        const GemvPlan plan = plan_gemv({n, k, m, subplanes, one_bit}, gpu);
+        const GemvInstance instance = gemv_instance(m, one_bit, plan.large);
+        const int chunks = (k + kSlab - 1) / kSlab;
+        EXPECT_LE(plan_detail::shared_bytes(instance, plan.k_warps, subplanes, (chunks + plan.slices - 1) / plan.slices),
+                  gpu.shared_bytes);
+        EXPECT_EQ(instance.warps % plan.k_warps, 0);
+        EXPECT_GE(plan.columns, 1);
+        EXPECT_LE(plan.slices, chunks);
+      }
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Shapes, PlanOfShape,
+                         testing::Values(std::tuple{1, 1}, std::tuple{576, 576}, std::tuple{4096, 4096},
+                                         std::tuple{28672, 4096}, std::tuple{4096, 14336}, std::tuple{57344, 8192},
+                                         std::tuple{8192, 28672}, std::tuple{300, 100000}));
+
+TEST(Plan, WorkspaceCountsEveryTileAndSliceOfEveryLayer) {
+  GemvPlan plan;
+  plan.slices = 3;
+  EXPECT_EQ(gemv_partial_count(plan, 300, 2), 3 * 2 * 512);
+  EXPECT_EQ(gemv_counter_count(plan, 300, 1), 2 + 3);
+  EXPECT_EQ(gemv_counter_count(plan, 300, 16), 2 * (2 + 3));
+  plan.slices = 1;
+  EXPECT_EQ(gemv_partial_count(plan, 300, 2), 0);
+}
+
+}  // namespace
+}  // namespace grinqh::cuda
