@@ -7,6 +7,7 @@ if(NOT GTest_FOUND)
     set(FETCHCONTENT_SOURCE_DIR_GOOGLETEST "${GRINQH_GOOGLETEST_SOURCE}")
   endif()
   set(INSTALL_GTEST OFF CACHE BOOL "Install GoogleTest")
+  set(BUILD_GMOCK OFF CACHE BOOL "Build GoogleMock")
   FetchContent_Declare(googletest
     URL https://github.com/google/googletest/archive/refs/tags/v1.17.0.tar.gz
     SYSTEM)
