@@ -31,7 +31,7 @@
 namespace grinqh::cpu {
 namespace {  // internal to each file that includes this
 
-constexpr int kGroup = 64;  // channels that share a fixed-point scale
+constexpr int kGroup = 128;  // channels that share a fixed-point scale
 constexpr int kQuads = kGroup / 4;
 constexpr int kMaxBlocks = static_cast<int>(kMaxOutputs) / 32;
 constexpr int kCoefficientStride = kMaxBlocks + 16;  // a whole vector may be loaded from any block on

@@ -25,7 +25,7 @@ struct GradedRow {
 
 // Outputs a kernel is called for: [begin, end), at most kMaxOutputs, begin a multiple of kTile.
 inline constexpr std::int64_t kTile = 128;
-inline constexpr std::int64_t kMaxOutputs = 2048;
+inline constexpr std::int64_t kMaxOutputs = 4096;
 
 struct Range {
   std::int64_t begin, end;
