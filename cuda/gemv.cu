@@ -17,6 +17,7 @@
 #include <cuda_fp16.h>
 
 #include <atomic>
+#include <type_traits>
 
 #include "device.cuh"
 #include "kernels.h"
@@ -413,10 +414,26 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
       // Their coefficients: one column of each operand.
       std::uint32_t coefficient[Column::kParts][Column::kOperands][2];
 #pragma unroll
-      for (int part = 0; part < Column::kParts; ++part) {
-        const float unit = to_integer[part] * weight;
+      for (int h = 0; h < 2; ++h) {
+        float scale[4][Column::kOperands];
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
+        for (int i = 0; i < 4; ++i) {
+          const __half* from = my_scales + stage * (Layout::kStageBytes / 2) + (h * 16 + i * 4) * kBlocks;
+          if constexpr (Column::kBlocksEach == 1) {
+            // Every lane needs all blocks of its channels: one wide load.
+            using Wide = std::conditional_t<kBlocks == 2, unsigned, std::conditional_t<kBlocks == 4, uint2, uint4>>;
+            const Wide wide = *reinterpret_cast<const Wide*>(from);
+            const __half* halves = reinterpret_cast<const __half*>(&wide);
+#pragma unroll
+            for (int f = 0; f < kBlocks; ++f) scale[i][f] = __half2float(halves[f]);
+          } else {
+#pragma unroll
+            for (int f = 0; f < Column::kOperands; ++f) scale[i][f] = __half2float(from[f * Column::kBlocksEach]);
+          }
+        }
+#pragma unroll
+        for (int part = 0; part < Column::kParts; ++part) {
+          const float unit = to_integer[part] * weight;
           const float4 v = *reinterpret_cast<const float4*>(my_values + part * Column::kRowsEach * a.capacity + now.at +
                                                             h * 16);
           const float value[4] = {v.x * unit, v.y * unit, v.z * unit, v.w * unit};
@@ -424,15 +441,10 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
           for (int f = 0; f < Column::kOperands; ++f) {
             std::uint32_t q[4];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const float s = __half2float(my_scales[stage * (Layout::kStageBytes / 2) + (h * 16 + i * 4) * kBlocks +
-                                                     f * Column::kBlocksEach]);
-              q[i] = __float_as_uint(fmaf(value[i], s, kToInteger + kCarry));
-            }
+            for (int i = 0; i < 4; ++i) q[i] = __float_as_uint(fmaf(value[i], scale[i][f], kToInteger + kCarry));
             const std::uint32_t bytes =
                 __byte_perm(__byte_perm(q[0], q[1], pick), __byte_perm(q[2], q[3], pick), 0x5410) ^ flip;
-            centre[part][f] =
-                __dp4a(static_cast<int>(bytes), is_two ? 0x03030303 : 0x01010101, centre[part][f]);
+            centre[part][f] = __dp4a(static_cast<int>(bytes), is_two ? 0x03030303 : 0x01010101, centre[part][f]);
             coefficient[part][f][h] = bytes;
           }
         }
