@@ -1,8 +1,8 @@
-#include "counters.h"
-
 #include <map>
 #include <mutex>
 #include <utility>
+
+#include "counters.h"
 
 namespace grinqh::cuda {
 namespace {
@@ -32,7 +32,7 @@ struct Range {
 
 struct Pool {
   std::mutex mutex;
-  std::map<int, Range> left;                                          // by device
+  std::map<int, Range> left;                                      // by device
   std::map<std::pair<int, unsigned long long>, Range> of_stream;  // by device and stream id
 
   cudaError_t take(int device, std::int64_t count, unsigned** counters) {

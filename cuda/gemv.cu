@@ -28,9 +28,9 @@
 namespace grinqh::cuda {
 namespace {
 
-constexpr float kLargest = 32600.0f;        // of a coefficient: leaves room for rounding in 16 bits
-constexpr float kToInteger = 12582912.0f;   // 1.5 * 2^23: adding it rounds a float to an integer in the low bits
-constexpr float kCarry = 128.0f;            // makes the low byte signed
+constexpr float kLargest = 32600.0f;       // of a coefficient: leaves room for rounding in 16 bits
+constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23: adding it rounds a float to an integer in the low bits
+constexpr float kCarry = 128.0f;           // makes the low byte signed
 
 struct Subplane {
   const std::uint8_t* runs;  // [tiles][channels][run]
@@ -47,7 +47,7 @@ __device__ __forceinline__ float unit_weight(int bits) { return __int_as_float((
 struct GemvArgs {
   const void* x;
   std::int64_t x_stride;
-  const __half* scale;  // [tiles][k][blocks]
+  const __half* scale;        // [tiles][k][blocks]
   const __half* scale_bound;  // [k]
   const float* row_scale;
   const float* gain;
@@ -70,7 +70,7 @@ struct GemvArgs {
   int prefetch_channels;  // channels whose first subplane is fetched to L2 before x is known
   Dtype dtype;
   int m, n, k, tiles;
-  int chunks;          // of 32 channels
+  int chunks;  // of 32 channels
   int slices, columns;
   int k_warp_bits;     // log2 of the warps that share a tile
   int slice_channels;  // at most, in one slice; whole slabs
@@ -123,8 +123,7 @@ __device__ __noinline__ float nonfinite_sum(const GemvArgs& a, int slice, int ro
       for (int s = 0; s < a.subs && c < a.sub[s].channels; ++s) {
         const Subplane& sub = a.sub[s];
         const RunPosition at = run_position(in_tile, sub.width);
-        const std::uint8_t byte =
-            sub.runs[run_offset(tile, c, sub.channels, run_bytes(sub.width)) + at.byte];
+        const std::uint8_t byte = sub.runs[run_offset(tile, c, sub.channels, run_bytes(sub.width)) + at.byte];
         const int mask = (1 << sub.width) - 1;
         level += unit_weight(item(a.bits_of, s)) * (static_cast<float>(byte >> at.shift & mask) - 0.5f * mask);
         grade = item(a.grade_of, s);
@@ -145,7 +144,7 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
   extern __shared__ __align__(128) std::uint8_t shared[];
   __shared__ int count[kSubs];
   __shared__ unsigned bound_bits[kRows], nonfinite, last_arrival[kWarps];
-  __shared__ Subplane subplane[kSubs];  // read by index: the parameters' constant memory is slow at that
+  __shared__ Subplane subplane[kSubs];   // read by index: the parameters' constant memory is slow at that
   __shared__ int tile_queue[kWarps][4];  // by group: its tile of each turn, turns counted modulo 4
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -338,8 +337,7 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
                               runs + static_cast<std::uint64_t>(channel[i]) * 64);
         }
       } else {
-        const std::uint8_t* runs =
-            sub.runs + static_cast<std::int64_t>(load_tile) * sub.channels * 32 + lane % 2 * 16;
+        const std::uint8_t* runs = sub.runs + static_cast<std::int64_t>(load_tile) * sub.channels * 32 + lane % 2 * 16;
         const std::uint32_t to = ptx::shared_address(ring) + stage * Layout::kStageBytes + lane * 16;
 #pragma unroll
         for (int i = 0; i < 2; ++i)
@@ -402,12 +400,13 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           if (is_two) {
-            const uint2 v = *reinterpret_cast<const uint2*>(my_codes + stage * Layout::kStageBytes + (h * 16 + i * 4) * 64);
+            const uint2 v =
+                *reinterpret_cast<const uint2*>(my_codes + stage * Layout::kStageBytes + (h * 16 + i * 4) * 64);
             first[h][i] = v.x;
             second[h][i] = v.y;
           } else {
             first[h][i] = *reinterpret_cast<const std::uint32_t*>(ring + stage * Layout::kStageBytes +
-                                                                 (h * 16 + i * 4 + t) * 32 + g * 4);
+                                                                  (h * 16 + i * 4 + t) * 32 + g * 4);
           }
         }
       }
@@ -434,8 +433,8 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
 #pragma unroll
         for (int part = 0; part < Column::kParts; ++part) {
           const float unit = to_integer[part] * weight;
-          const float4 v = *reinterpret_cast<const float4*>(my_values + part * Column::kRowsEach * a.capacity + now.at +
-                                                            h * 16);
+          const float4 v =
+              *reinterpret_cast<const float4*>(my_values + part * Column::kRowsEach * a.capacity + now.at + h * 16);
           const float value[4] = {v.x * unit, v.y * unit, v.z * unit, v.w * unit};
 #pragma unroll
           for (int f = 0; f < Column::kOperands; ++f) {
@@ -723,8 +722,9 @@ Status gemv(const GemvParams& params, cudaStream_t stream) {
     case 32: return launch_blocks<8>(args, large, stream);
     case 64: return launch_blocks<4>(args, large, stream);
     case 128: return launch_blocks<2>(args, large, stream);
-    default: return error("grinqh gemv: block is %lld; 32, 64 and 128 are supported",
-                          static_cast<long long>(params.weight.block));
+    default:
+      return error("grinqh gemv: block is %lld; 32, 64 and 128 are supported",
+                   static_cast<long long>(params.weight.block));
   }
 }
 

@@ -23,8 +23,17 @@ struct RowArgs {
 };
 
 RowArgs row_args(const GradeParams& p) {
-  RowArgs a{p.x, p.x_stride, p.weight.channel_order, p.grading.channel_weight, p.grading.thresholds, p.factor,
-            {}, {}, p.weight.widths.count, p.dtype, p.weight.k};
+  RowArgs a{p.x,
+            p.x_stride,
+            p.weight.channel_order,
+            p.grading.channel_weight,
+            p.grading.thresholds,
+            p.factor,
+            {},
+            {},
+            p.weight.widths.count,
+            p.dtype,
+            p.weight.k};
   for (int plane = 0; plane < a.planes; ++plane) {
     a.channels[plane] = p.weight.channels[plane];
     a.width[plane] = p.weight.widths.width[plane];
@@ -107,8 +116,8 @@ Status grade(const GradeParams& params, cudaStream_t stream) {
 
 Status fit_budget(const GradeParams& params, float* factor, cudaStream_t stream) {
   if (params.m == 0 || params.weight.k == 0) return {};
-  fit_budget_kernel<<<static_cast<unsigned>(params.m), kThreads, 0, stream>>>(row_args(params),
-                                                                             params.grading.budget, factor);
+  fit_budget_kernel<<<static_cast<unsigned>(params.m), kThreads, 0, stream>>>(row_args(params), params.grading.budget,
+                                                                              factor);
   return launched("fit_budget");
 }
 

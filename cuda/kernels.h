@@ -12,7 +12,7 @@ namespace grinqh::cuda {
 
 // y[r] = W(grades of x[r]) x[r] + bias for every row on its own (core.h).
 struct GemvParams {
-  const void* x;          // [m][k]
+  const void* x;  // [m][k]
   std::int64_t m;
   std::int64_t x_stride;  // elements from row to row
   Dtype dtype;            // of x, bias and y
@@ -30,7 +30,7 @@ Status gemv(const GemvParams& params, cudaStream_t stream);
 
 // Grades of the stored channels of each row of x, and what they add up to.
 struct GradeParams {
-  const void* x;          // [m][k]
+  const void* x;  // [m][k]
   std::int64_t m;
   std::int64_t x_stride;  // elements from row to row
   Dtype dtype;

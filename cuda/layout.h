@@ -37,7 +37,7 @@
 namespace grinqh::cuda {
 
 inline constexpr int kTile = 256;
-inline constexpr int kSlab = 32;          // channels of one matrix instruction
+inline constexpr int kSlab = 32;  // channels of one matrix instruction
 inline constexpr int kMaxSubplanes = 8;
 
 GRINQH_HOST_DEVICE constexpr int run_bytes(int sub_width) { return kTile * sub_width / 8; }
@@ -71,7 +71,7 @@ GRINQH_HOST_DEVICE constexpr int run_output(int byte, int shift, int sub_width) 
 
 // Where a tile's run of a channel begins, in bytes from the subplane's first.
 GRINQH_HOST_DEVICE constexpr std::int64_t run_offset(std::int64_t tile, std::int64_t channel, std::int64_t channels,
-                                                    int run) {
+                                                     int run) {
   return (tile * channels + channel) * run;
 }
 

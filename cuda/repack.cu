@@ -48,8 +48,8 @@ __global__ void unpack_plane_kernel(const std::uint8_t* tiles, std::int64_t n, s
     if (output >= n) continue;
     const RunPosition at = run_position(static_cast<int>(output % kTile), sub);
     for (int part = 0; part < sub_count(width); ++part) {
-      const std::int64_t from = part * tile_count(n) * channels * run +
-                                run_offset(output / kTile, channel, channels, run) + at.byte;
+      const std::int64_t from =
+          part * tile_count(n) * channels * run + run_offset(output / kTile, channel, channels, run) + at.byte;
       packed |= (tiles[from] >> at.shift & ((1u << sub) - 1)) << (bit + width - (part + 1) * sub);
     }
   }
@@ -89,7 +89,7 @@ Status repack_plane(const std::uint8_t* plane, std::int64_t n, std::int64_t chan
                     cudaStream_t stream) {
   if (n == 0 || channels == 0) return {};
   repack_plane_kernel<<<blocks_for(plane_bytes(n, channels, width)), kThreads, 0, stream>>>(plane, n, channels, width,
-                                                                                           out);
+                                                                                            out);
   return launched("repack");
 }
 
@@ -97,7 +97,7 @@ Status unpack_plane(const std::uint8_t* tiles, std::int64_t n, std::int64_t chan
                     cudaStream_t stream) {
   if (n == 0 || channels == 0) return {};
   unpack_plane_kernel<<<blocks_for(plane_row_bytes(n, width) * channels), kThreads, 0, stream>>>(tiles, n, channels,
-                                                                                                width, out);
+                                                                                                 width, out);
   return launched("unpack_tiles");
 }
 

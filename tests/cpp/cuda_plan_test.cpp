@@ -67,8 +67,9 @@ TEST_P(PlanOfShape, FitsSharedMemoryAndCoversTheTiles) {
         const GemvPlan plan = plan_gemv({n, k, m, subplanes, one_bit}, gpu);
         const GemvInstance instance = gemv_instance(m, one_bit, plan.large);
         const int chunks = (k + kSlab - 1) / kSlab;
-        EXPECT_LE(plan_detail::shared_bytes(instance, plan.k_warps, subplanes, (chunks + plan.slices - 1) / plan.slices),
-                  gpu.shared_bytes);
+        EXPECT_LE(
+            plan_detail::shared_bytes(instance, plan.k_warps, subplanes, (chunks + plan.slices - 1) / plan.slices),
+            gpu.shared_bytes);
         EXPECT_EQ(instance.warps % plan.k_warps, 0);
         EXPECT_GE(plan.columns, 1);
         EXPECT_LE(plan.slices, chunks);
