@@ -54,7 +54,7 @@ $(VENV)/dependencies: constraints.txt
 # Not an editable install: the tests run what a user would install.
 $(VENV)/package: $(VENV)/dependencies $(SOURCES)
 	$(BIN)/pip install --no-build-isolation --no-deps . \
-	  -C build-dir=$(BUILD) -C cmake.define.GRINQH_WERROR=$(WERROR)
+	  --config-settings=build-dir=$(BUILD) --config-settings=cmake.define.GRINQH_WERROR=$(WERROR)
 	touch $@
 
 # Without the system's GoogleTest, and where it cannot be installed, CMake downloads it.
