@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -27,7 +28,12 @@ def stamp() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Short hash of the commit, with `-dirty` where sources differ from it (results and documents may)."""
+    """Short hash of the commit, with `-dirty` where sources differ from it (results and documents may).
+
+    A machine that has the sources but not the repository is told by the environment variable GRINQH_COMMIT.
+    """
+    if told := os.environ.get("GRINQH_COMMIT"):
+        return told
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
         changed = _git(

@@ -15,8 +15,10 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from common import stamp
 from gemv_report import write_report
 from gemv_rivals import RIVALS
 from torch import Tensor
@@ -29,6 +31,7 @@ SHAPES = [
 ]  # fmt: skip
 WIDTHS = [2, 2, 2, 2]
 BLOCK = 64
+MANY_ROWS_BITS = 3.0  # the setting that more than one row is timed at
 WORKING_SET = 400 << 20  # bytes read before a copy of the weights comes again
 ops = torch.ops.grinqh
 
@@ -118,11 +121,11 @@ def bytes_read(x: Tensor, thresholds: Tensor, n: int) -> tuple[float, float]:
     return read, float(grades.float().mean()) * 2
 
 
-def own_times(n: int, k: int, bits: list[float], rows: list[int], kinds: list[str]) -> Iterator[dict]:
+def own_times(n: int, k: int, bits: list[float], rows: list[int], kinds: list[str]) -> Iterator[dict[str, Any]]:
     packed = PackedCopies(n, k, copies_for(n * k / 4))
     for kind in kinds:
         for m in rows:
-            for target in bits:
+            for target in bits if m == 1 else [MANY_ROWS_BITS]:
                 x = activations(kind, m, k)
                 thresholds = thresholds_for(x, target)
                 read, realised = bytes_read(x, thresholds, n)
@@ -137,7 +140,7 @@ def own_times(n: int, k: int, bits: list[float], rows: list[int], kinds: list[st
                 }  # fmt: skip
 
 
-def rival_times(n: int, k: int, rows: list[int], wanted: list[str]) -> Iterator[dict]:
+def rival_times(n: int, k: int, rows: list[int], wanted: list[str]) -> Iterator[dict[str, Any]]:
     for name in wanted:
         try:
             rival = RIVALS[name]
@@ -167,7 +170,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path, help="write docs/performance.md from these results, time nothing")
     parser.add_argument("--shapes", type=int, nargs="*", default=list(range(len(SHAPES))), help="indices of SHAPES")
     parser.add_argument("--bits", type=float, nargs="*", default=[1, 2, 2.5, 3, 4, 8])
-    parser.add_argument("--rows", type=int, nargs="*", default=[1])
+    parser.add_argument("--rows", type=int, nargs="*", default=[1, 2, 4, 8, 16])
     parser.add_argument("--x", nargs="*", default=["gaussian"], choices=["gaussian", "heavy"])
     parser.add_argument("--rivals", nargs="*", default=list(RIVALS), choices=list(RIVALS))
     options = parser.parse_args()
@@ -175,10 +178,13 @@ def main() -> None:
         write_report(json.loads(options.report.read_text()), Path(__file__).parent.parent / "docs")
         return
 
-    results = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "read_tb_s": streaming_read(), "rows": [],
-    }  # fmt: skip
+    results: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        **stamp(),
+        "read_tb_s": streaming_read(),
+        "rows": [],
+    }
     torch.cuda.empty_cache()
     for n, k in (SHAPES[i] for i in options.shapes):
         for row in [

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
 
 
-def _shapes(rows: list[dict]) -> list[tuple[int, int]]:
+def _shapes(rows: list[dict[str, Any]]) -> list[tuple[int, int]]:
     return list(dict.fromkeys((row["n"], row["k"]) for row in rows))
 
 
-def _time(rows: list[dict], name: str, n: int, k: int, m: int, bits: float | None = None) -> dict | None:
+def _time(
+    rows: list[dict[str, Any]], name: str, n: int, k: int, m: int, bits: float | None = None
+) -> dict[str, Any] | None:
     for row in rows:
         same = (row["name"], row["n"], row["k"], row["m"]) == (name, n, k, m) and row.get("x", "gaussian") == "gaussian"
         if same and (bits is None or row["bits"] == bits):
@@ -19,7 +22,7 @@ def _time(rows: list[dict], name: str, n: int, k: int, m: int, bits: float | Non
     return None
 
 
-def one_row_table(results: dict) -> str:
+def one_row_table(results: dict[str, Any]) -> str:
     """Microseconds at one row: ours by read bits, then the rivals."""
     rows = results["rows"]
     bits = sorted({row["bits"] for row in rows if row["name"] == "grinqh" and row["m"] == 1})
@@ -41,7 +44,7 @@ def one_row_table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def many_rows_table(results: dict) -> str:
+def many_rows_table(results: dict[str, Any]) -> str:
     """Microseconds at 3 read bits by number of rows, and the ratio to the dense product."""
     rows = results["rows"]
     counts = sorted({row["m"] for row in rows})
@@ -55,7 +58,7 @@ def many_rows_table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def plot(results: dict, to: Path) -> None:
+def plot(results: dict[str, Any], to: Path) -> None:
     """Time against read bits for each shape, with the rivals and the bandwidth floor."""
     import matplotlib
 
@@ -85,7 +88,7 @@ def plot(results: dict, to: Path) -> None:
     figure.savefig(to, dpi=110)
 
 
-def write_report(results: dict, docs: Path) -> None:
+def write_report(results: dict[str, Any], docs: Path) -> None:
     """Replaces the generated part of docs/performance.md and draws docs/performance.png."""
     page = docs / "performance.md"
     text = page.read_text()

@@ -13,25 +13,6 @@ void run_on_torch_threads(int64_t count, int64_t grain, Executor::Body body, voi
 }
 constexpr Executor kTorchThreads{run_on_torch_threads};
 
-// A layer's tensors in the order of the schemas.
-struct LayerArguments {
-  std::vector<Tensor> planes;
-  Tensor block_scale, row_scale, gain, channel_order, channel_weight, thresholds;
-  std::vector<int64_t> widths;
-  int64_t block;
-  std::optional<Tensor> bias, budget;
-
-  PackedTensors packed() const { return {planes, block_scale, row_scale, gain, channel_order, widths, block}; }
-};
-#define GRINQH_LAYER_PARAMETERS                                                                        \
-  std::vector<Tensor> planes, Tensor block_scale, Tensor row_scale, Tensor gain, Tensor channel_order, \
-      Tensor channel_weight, Tensor thresholds, std::vector<int64_t> widths, int64_t block,            \
-      std::optional<Tensor> bias, std::optional<Tensor> budget
-#define GRINQH_LAYER_ARGUMENTS                                                                                   \
-  LayerArguments {                                                                                               \
-    planes, block_scale, row_scale, gain, channel_order, channel_weight, thresholds, widths, block, bias, budget \
-  }
-
 void check_bias(const char* op, const std::optional<Tensor>& bias, const Tensor& x, int64_t n) {
   if (bias.has_value()) check_tensor(op, "bias", *bias, x.scalar_type(), {n}, x);
 }

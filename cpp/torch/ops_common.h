@@ -116,6 +116,25 @@ struct PackedTensors {
   int64_t block;
 };
 
+// A layer's tensors in the order of the schemas.
+struct LayerArguments {
+  std::vector<Tensor> planes;
+  Tensor block_scale, row_scale, gain, channel_order, channel_weight, thresholds;
+  std::vector<int64_t> widths;
+  int64_t block;
+  std::optional<Tensor> bias, budget;
+
+  PackedTensors packed() const { return {planes, block_scale, row_scale, gain, channel_order, widths, block}; }
+};
+#define GRINQH_LAYER_PARAMETERS                                                                        \
+  std::vector<Tensor> planes, Tensor block_scale, Tensor row_scale, Tensor gain, Tensor channel_order, \
+      Tensor channel_weight, Tensor thresholds, std::vector<int64_t> widths, int64_t block,            \
+      std::optional<Tensor> bias, std::optional<Tensor> budget
+#define GRINQH_LAYER_ARGUMENTS                                                                                   \
+  LayerArguments {                                                                                               \
+    planes, block_scale, row_scale, gain, channel_order, channel_weight, thresholds, widths, block, bias, budget \
+  }
+
 inline PackedWeight to_packed(const char* op, const PackedTensors& tensors, const Tensor& like) {
   STD_TORCH_CHECK(is_block(tensors.block), "grinqh::", op, ": block is ", tensors.block,
                   ": allowed are 32, 64 and 128");

@@ -24,23 +24,6 @@ cudaStream_t stream_of(const Tensor& tensor) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// A layer's tensors in the order of the schemas.
-struct LayerArguments {
-  std::vector<Tensor> planes;
-  Tensor block_scale, row_scale, gain, channel_order, channel_weight, thresholds;
-  std::vector<int64_t> widths;
-  int64_t block;
-  std::optional<Tensor> bias, budget;
-};
-#define GRINQH_LAYER_PARAMETERS                                                                        \
-  std::vector<Tensor> planes, Tensor block_scale, Tensor row_scale, Tensor gain, Tensor channel_order, \
-      Tensor channel_weight, Tensor thresholds, std::vector<int64_t> widths, int64_t block,            \
-      std::optional<Tensor> bias, std::optional<Tensor> budget
-#define GRINQH_LAYER_ARGUMENTS                                                                                   \
-  LayerArguments {                                                                                               \
-    planes, block_scale, row_scale, gain, channel_order, channel_weight, thresholds, widths, block, bias, budget \
-  }
-
 // Channels of a plane in tile order, uint8 [subplanes, tiles, K_p, run].
 void add_tiled_planes(const char* op, const std::vector<Tensor>& planes, const Tensor& like, PackedWeight& weight) {
   STD_TORCH_CHECK(static_cast<int>(planes.size()) == weight.widths.count, "grinqh::", op, ": planes has ",
