@@ -40,8 +40,8 @@ READ_BITS = (8.0, 6.0, 4.0, 3.0, 2.5, 2.0)
 ANSWERED_AT = (8.0, 4.0, 3.0, 2.0)
 QUESTIONS = ("What is the capital of France?", "Why is the sky blue? Answer in one sentence.")
 ANSWER_TOKENS = 40
-WINDOW = 2048
-WINDOWS = 2
+WINDOW = 1024
+WINDOWS = 6
 DECODED_TOKENS = 48
 # What is promised for this model: ln(perplexity / full precision) at most, by read bits.
 MOST_LOG_RATIO = {4.0: 0.02, 3.0: 0.08, 2.0: 0.40}

