@@ -62,23 +62,31 @@ constexpr float kUnusual = 8.0f;
 // Lists the slice's channels, of which stored channel `first` is the first, by grade.
 void list_by_grade(const PackedWeight& weight, std::int64_t first, PreparedSlice& slice) {
   const std::size_t size = slice.values.size();
-  std::int64_t graded[kMaxPlanes + 1] = {};
-  float magnitude[kMaxPlanes + 1] = {};
+  // Four counters each, taken in turn: none waits for its own last addition.
+  constexpr std::size_t kTurns = 4;
+  std::int64_t graded[kMaxPlanes + 1][kTurns] = {};
+  float magnitude[kMaxPlanes + 1][kTurns] = {};
   for (std::size_t c = 0; c < size; ++c) {
-    ++graded[slice.grades[c]];
-    magnitude[slice.grades[c]] += std::fabs(slice.values[c]);
+    ++graded[slice.grades[c]][c % kTurns];
+    magnitude[slice.grades[c]][c % kTurns] += std::fabs(slice.values[c]);
   }
   float limit[kMaxPlanes + 1] = {};
   for (int g = 0; g <= weight.widths.count; ++g) {
-    limit[g] = kUnusual * magnitude[g] / static_cast<float>(std::max<std::int64_t>(graded[g], 1));
+    const std::int64_t count = graded[g][0] + graded[g][1] + graded[g][2] + graded[g][3];
+    const float sum = magnitude[g][0] + magnitude[g][1] + magnitude[g][2] + magnitude[g][3];
+    limit[g] = kUnusual * sum / static_cast<float>(std::max<std::int64_t>(count, 1));
   }
   const auto list_of = [&](std::size_t c) {
     return 2 * slice.grades[c] + (std::fabs(slice.values[c]) > limit[slice.grades[c]] ? 1 : 0);
   };
 
   constexpr int kLists = 2 * (kMaxPlanes + 1);  // lists 0 and 1, the skipped channels, go to the end
-  std::int64_t next[kLists] = {};
-  for (std::size_t c = 0; c < size; ++c) ++next[list_of(c)];
+  std::int64_t listed[kLists][kTurns] = {};
+  for (std::size_t c = 0; c < size; ++c) ++listed[list_of(c)][c % kTurns];
+  std::int64_t next[kLists];
+  for (int list = 0; list < kLists; ++list) {
+    next[list] = listed[list][0] + listed[list][1] + listed[list][2] + listed[list][3];
+  }
   slice.graded.segments = 0;
   std::int64_t end = 0;
   for (int list = 2; list < kLists; ++list) {

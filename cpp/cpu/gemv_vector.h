@@ -264,7 +264,7 @@ class VectorKernel {
     for (int at = 0; at < bytes; at += kChunkBytes) {
       const int left = bytes - at < kChunkBytes ? bytes - at : kChunkBytes;
       const int first_output = at * kFields;
-      for (int r = 0; r < 8; ++r) __builtin_prefetch(row[ahead + r] + at, 0, 2);
+      for (int r = 0; r < 8; ++r) __builtin_prefetch(row[ahead + r] + at);
       const std::uint8_t* const* rows = row + 4 * quad;
       const std::int32_t* high_coefficients = coefficients.high[quad] + first_output / block;
       const std::int32_t* low_coefficients = coefficients.low[quad] + first_output / block;
@@ -319,35 +319,34 @@ class VectorKernel {
                                                   std::int32_t* low) {
     const Quad one(row, at, bytes);
     const Quad two(row + (Two ? 4 : 0), at, bytes);
-    if (block * Width % (16 * 8) == 0) {  // all vectors spread over the blocks alike
-      const Spread spread(high_coefficients, low_coefficients, Two,
-                          Simd::template lane_blocks<0, 8 / Width>(begin, block));
-      add_vectors<Width, First, Two, true, 0>(one, two, spread, begin, block, high_coefficients, low_coefficients, high,
-                                              low);
+    // Vector v holds bytes 4 v to 4 v + 3 of every 16: so many vectors in a row lie in the same blocks.
+    if (block * Width % (16 * 8) == 0) {
+      add_vectors<Width, First, Two, 4, 0>(one, two, begin, block, high_coefficients, low_coefficients, Spread{}, high,
+                                           low);
+    } else if (block * Width % (8 * 8) == 0) {
+      add_vectors<Width, First, Two, 2, 0>(one, two, begin, block, high_coefficients, low_coefficients, Spread{}, high,
+                                           low);
     } else {
-      add_vectors<Width, First, Two, false, 0>(one, two, Spread{}, begin, block, high_coefficients, low_coefficients,
-                                               high, low);
+      add_vectors<Width, First, Two, 1, 0>(one, two, begin, block, high_coefficients, low_coefficients, Spread{}, high,
+                                           low);
     }
   }
 
-  template <int Width, bool First, bool Two, bool Shared, int Vector>
-  static inline __attribute__((always_inline)) void add_vectors(const Quad& one, const Quad& two, const Spread& shared,
-                                                                int begin, int block,
+  template <int Width, bool First, bool Two, int Alike, int Vector>
+  static inline __attribute__((always_inline)) void add_vectors(const Quad& one, const Quad& two, int begin, int block,
                                                                 const std::int32_t* high_coefficients,
-                                                                const std::int32_t* low_coefficients,
+                                                                const std::int32_t* low_coefficients, Spread spread,
                                                                 std::int32_t* high, std::int32_t* low) {
     constexpr int kFields = 8 / Width;
     constexpr int kAt = Vector * kFields * kLanes;
-    if constexpr (Shared) {
-      add_fields<Width, First, Two, 0>(one.vector[Vector], two.vector[Vector], shared, high + kAt, low + kAt);
-    } else {
-      const Spread own(high_coefficients, low_coefficients, Two,
-                       Simd::template lane_blocks<Vector, kFields>(begin, block));
-      add_fields<Width, First, Two, 0>(one.vector[Vector], two.vector[Vector], own, high + kAt, low + kAt);
+    if constexpr (Vector % Alike == 0) {
+      spread =
+          Spread(high_coefficients, low_coefficients, Two, Simd::template lane_blocks<Vector, kFields>(begin, block));
     }
+    add_fields<Width, First, Two, 0>(one.vector[Vector], two.vector[Vector], spread, high + kAt, low + kAt);
     if constexpr (Vector + 1 < kVectors) {
-      add_vectors<Width, First, Two, Shared, Vector + 1>(one, two, shared, begin, block, high_coefficients,
-                                                         low_coefficients, high, low);
+      add_vectors<Width, First, Two, Alike, Vector + 1>(one, two, begin, block, high_coefficients, low_coefficients,
+                                                        spread, high, low);
     }
   }
 
@@ -399,7 +398,8 @@ class VectorKernel {
           }
         }
       }
-      for (int i = 0; i < kChunkOutputs && chunk + i < count; ++i) sums[chunk + i] += ordered[i];
+      const int outputs = count - chunk < kChunkOutputs ? count - chunk : kChunkOutputs;
+      for (int i = 0; i < outputs; ++i) sums[chunk + i] += ordered[i];
     }
   }
 };
