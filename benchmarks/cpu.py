@@ -117,7 +117,7 @@ def plot(result: dict[str, Any], n: int = 4096, k: int = 4096) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=1.0, help="time spent on each figure (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=0.5, help="time spent on each figure (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=64, help="tokens decoded at each setting (default: %(default)s)")
     arguments = parser.parse_args()
     calm_libraries()
