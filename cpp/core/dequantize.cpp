@@ -53,7 +53,7 @@ Status dequantize(const DequantizeParams& params, const Executor& executor) {
   parallel_for(executor, weight.k, 64, [&](std::int64_t begin, std::int64_t end) {
     std::vector<float> values(static_cast<std::size_t>(count));
     for (std::int64_t c = begin; c < end; ++c) {
-      constexpr std::int64_t kAhead = 8;
+      constexpr std::int64_t kAhead = 4;
       if (const std::int64_t ahead = c + kAhead; ahead < end) {
         prefetch_channel(weight, ahead, std::min(params.grade, stored_planes(weight, ahead)), params.n_begin,
                          params.n_end);

@@ -42,6 +42,9 @@ struct Partition {
     slice_width = pieces(k, slices);
     slices = pieces(k, slice_width);
   }
+  // The slice that is worked on as the i-th: from both ends in turn, because threads take slices that follow each
+  // other, and the first stored channels are read most.
+  std::int64_t slice_at(std::int64_t i) const { return i % 2 == 0 ? i / 2 : slices - 1 - i / 2; }
   cpu::Range outputs(std::int64_t range) const { return {range * range_width, std::min(n, (range + 1) * range_width)}; }
 };
 
@@ -160,7 +163,7 @@ class RowBatch {
     parallel_for(executor_, partition_.ranges * partition_.slices, 1, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t piece = begin; piece < end; ++piece) {
         const std::int64_t range = piece / partition_.slices;
-        const std::int64_t slice = piece % partition_.slices;
+        const std::int64_t slice = partition_.slice_at(piece % partition_.slices);
         for (std::int64_t r = 0; r < count; ++r) {
           float* sums = sums_of(r, slice, range);
           kernels_.sum_channels(params_.weight, slice_of(r, slice).graded, partition_.outputs(range), sums);

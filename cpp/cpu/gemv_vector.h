@@ -149,6 +149,16 @@ class VectorKernel {
     }
   }
 
+  // Which of a group's listed channels is worked on as its c-th. The eight rows that are read together come from eight
+  // parts of the list, each read in order: two rows in one page would hide from the prefetcher that they are streams.
+  static int listed_at(int c, int quads) {
+    const int odd = quads % 2;  // then the first quad is read alone, as the second half of a pair
+    const int pair = (c / 4 + odd) / 2;
+    const int pairs = (quads + odd) / 2;
+    const bool second = (c / 4 + odd) % 2 != 0;
+    return second ? 4 * (pairs - odd) + c % 4 * pairs + pair : c % 4 * (pairs - odd) + pair - odd;
+  }
+
   // False where every coefficient is zero, so that there is nothing to add.
   static bool fill_coefficients(const PackedWeight& weight, GroupChannels group, Range outputs, Coefficients& out) {
     const std::int64_t stride = block_count(weight.n, weight.block);
@@ -157,11 +167,14 @@ class VectorKernel {
     const std::uint16_t* scales = weight.block_scale + first_block;
     out.quads = (group.count + 3) / 4;
     float largest = 0.0f;
+    float coefficient[kGroup];
     typename Simd::ScaleMax largest_scale{};
     for (int c = 0; c < out.quads * 4; ++c) {
-      out.channel[c] = group.channel[c < group.count ? c : 0];
-      if (c >= group.count) continue;
-      const float magnitude = group.coefficient[c] < 0.0f ? -group.coefficient[c] : group.coefficient[c];
+      const int source = listed_at(c, out.quads);
+      out.channel[c] = group.channel[source < group.count ? source : 0];
+      coefficient[c] = source < group.count ? group.coefficient[source] : 0.0f;
+      if (source >= group.count) continue;
+      const float magnitude = coefficient[c] < 0.0f ? -coefficient[c] : coefficient[c];
       largest = magnitude > largest ? magnitude : largest;
       largest_scale.add(scales + out.channel[c] * stride, blocks);
     }
@@ -179,7 +192,7 @@ class VectorKernel {
         const auto add_channel = [&](auto place) {
           constexpr int kPlace = decltype(place)::value;
           const int c = 4 * q + kPlace;
-          const float factor = c < group.count ? group.coefficient[c] * per_unit : 0.0f;
+          const float factor = coefficient[c] * per_unit;
           const Int fixed = Simd::scaled_to_int(scales + out.channel[c] * stride + b, lanes, factor);
           sum = Simd::add(sum, fixed);
           const Int rounded = Simd::template shift_right<8>(Simd::add(fixed, Simd::broadcast(128)));

@@ -71,9 +71,10 @@ std::tuple<Tensor, Tensor> gemv_read_bits_cpu(Tensor x, GRINQH_LAYER_PARAMETERS)
   return {y, read_bits};
 }
 
-// Prefill: a strip of outputs is made dense, small enough to stay near the core, and multiplied. One buffer
-// serves all strips: fresh memory would cost more than what is written to it.
-constexpr int64_t kStripBytes = int64_t{4} << 20;
+// Prefill: a strip of outputs is made dense and multiplied: wide enough that channels are read in long runs, small
+// enough that malloc keeps the memory (fresh pages would cost more than what is written to them). One buffer
+// serves all strips.
+constexpr int64_t kStripBytes = int64_t{24} << 20;
 
 class DenseStrips {
  public:
