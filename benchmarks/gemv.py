@@ -10,6 +10,7 @@ together exceed the L2 cache several times. Rivals that are not installed are le
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -29,8 +30,8 @@ SHAPES = [
     (4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336),
     (8192, 8192), (16384, 16384), (57344, 8192), (8192, 28672),
 ]  # fmt: skip
-WIDTHS = [2, 2, 2, 2]
 BLOCK = 64
+DEFAULT_WIDTHS = [2, 2, 2, 2]
 MANY_ROWS_BITS = 3.0  # the setting that more than one row is timed at
 WORKING_SET = 400 << 20  # bytes read before a copy of the weights comes again
 ops = torch.ops.grinqh
@@ -77,14 +78,16 @@ def activations(kind: str, rows: int, k: int) -> Tensor:
     return x.half()
 
 
-def thresholds_for(x: Tensor, bits: float) -> Tensor:
+def thresholds_for(x: Tensor, bits: float, widths: list[int]) -> Tensor:
     """Thresholds in the proportions that an error of 4^-bits gives, scaled so that x reads `bits` on average."""
-    shape = torch.tensor([1.0, 4.0, 16.0, 64.0], device=x.device)
+    down_to = torch.tensor([0, *itertools.accumulate(widths)], device=x.device)
+    error = 4.0**-down_to
+    shape = ((down_to[1:] - down_to[:-1]) / (error[:-1] - error[1:])).sqrt()
     importance = x.float().abs().flatten()
     low, high = 0.0, 1e4
     for _ in range(60):
         middle = (low + high) / 2
-        read = sum(2.0 * (importance >= middle * s).float().mean() for s in shape)
+        read = sum(w * (importance >= middle * s).float().mean() for w, s in zip(widths, shape, strict=True))
         low, high = (middle, high) if read > bits else (low, middle)
     return shape * high
 
@@ -92,10 +95,11 @@ def thresholds_for(x: Tensor, bits: float) -> Tensor:
 class PackedCopies:
     """Copies of a layer of random codes: the bits read and the work done are those of real ones."""
 
-    def __init__(self, n: int, k: int, copies: int) -> None:
+    def __init__(self, n: int, k: int, widths: list[int], copies: int) -> None:
         tiles = (n + 255) // 256
+        self.widths = widths
         self.planes = [
-            [torch.randint(0, 256, (1, tiles, k, 64), dtype=torch.uint8, device="cuda") for _ in WIDTHS]
+            [torch.randint(0, 256, (1, tiles, k, 32 * w), dtype=torch.uint8, device="cuda") for w in widths]
             for _ in range(copies)
         ]
         self.scales = [torch.rand(tiles * 4 + 1, k, device="cuda").half() + 0.5 for _ in range(copies)]
@@ -103,39 +107,43 @@ class PackedCopies:
             scale[-1] = 1.5
         self.rest = (
             torch.full((n,), 0.01, device="cuda"),
-            torch.ones(4, device="cuda"),
+            torch.ones(len(widths), device="cuda"),
             torch.arange(k, dtype=torch.int32, device="cuda"),
             torch.ones(k, device="cuda"),
         )
 
     def call(self, copy: int, x: Tensor, thresholds: Tensor) -> Callable[[], object]:
-        arguments = (x, self.planes[copy], self.scales[copy], *self.rest, thresholds, WIDTHS, BLOCK)
+        arguments = (x, self.planes[copy], self.scales[copy], *self.rest, thresholds, self.widths, BLOCK)
         return lambda: ops.gemv(*arguments)
 
 
-def bytes_read(x: Tensor, thresholds: Tensor, n: int) -> tuple[float, float]:
+def bytes_read(x: Tensor, thresholds: Tensor, widths: list[int], n: int) -> tuple[float, float]:
     """Bytes of codes and block scales that rows x need together, and the bits a weight each row reads."""
-    grades = torch.bucketize(x.float().abs(), thresholds, right=True)
-    union = grades.amax(0)
-    read = float(union.sum()) * n * 2 / 8 + float((union > 0).sum()) * n / BLOCK * 2
-    return read, float(grades.float().mean()) * 2
+    down_to = torch.tensor([0, *itertools.accumulate(widths)], device=x.device)
+    bits = down_to[torch.bucketize(x.float().abs(), thresholds, right=True)]
+    union = bits.amax(0)
+    read = float(union.sum()) * n / 8 + float((union > 0).sum()) * n / BLOCK * 2
+    return read, float(bits.float().mean())
 
 
-def own_times(n: int, k: int, bits: list[float], rows: list[int], kinds: list[str]) -> Iterator[dict[str, Any]]:
-    packed = PackedCopies(n, k, copies_for(n * k / 4))
+def own_times(
+    n: int, k: int, widths: list[int], bits: list[float], rows: list[int], kinds: list[str]
+) -> Iterator[dict[str, Any]]:
+    packed = PackedCopies(n, k, widths, copies_for(n * k / 4))
+    name = "grinqh" if widths == DEFAULT_WIDTHS else f"grinqh {','.join(map(str, widths))}"
     for kind in kinds:
         for m in rows:
             for target in bits if m == 1 else [MANY_ROWS_BITS]:
                 x = activations(kind, m, k)
-                thresholds = thresholds_for(x, target)
-                read, realised = bytes_read(x, thresholds, n)
+                thresholds = thresholds_for(x, target, widths)
+                read, realised = bytes_read(x, thresholds, widths, n)
 
                 def make(copy: int, x: Tensor = x, thresholds: Tensor = thresholds) -> Callable[[], object]:
                     return packed.call(copy, x, thresholds)
 
                 us = median_microseconds(rotating(make, len(packed.planes)))
                 yield {
-                    "name": "grinqh", "n": n, "k": k, "m": m, "x": kind, "bits": target, "us": us,
+                    "name": name, "n": n, "k": k, "m": m, "x": kind, "bits": target, "us": us,
                     "read_bits": realised, "bytes": read,
                 }  # fmt: skip
 
@@ -169,6 +177,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--report", type=Path, help="write docs/performance.md from these results, time nothing")
     parser.add_argument("--shapes", type=int, nargs="*", default=list(range(len(SHAPES))), help="indices of SHAPES")
+    parser.add_argument("--widths", nargs="*", default=["2,2,2,2"], help="plane widths (default: %(default)s)")
     parser.add_argument("--bits", type=float, nargs="*", default=[1, 2, 2.5, 3, 4, 8])
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 2, 4, 8, 16])
     parser.add_argument("--x", nargs="*", default=["gaussian"], choices=["gaussian", "heavy"])
@@ -188,7 +197,11 @@ def main() -> None:
     torch.cuda.empty_cache()
     for n, k in (SHAPES[i] for i in options.shapes):
         for row in [
-            *own_times(n, k, options.bits, options.rows, options.x),
+            *(
+                row
+                for widths in options.widths
+                for row in own_times(n, k, [int(w) for w in widths.split(",")], options.bits, options.rows, options.x)
+            ),
             *rival_times(n, k, options.rows, options.rivals),
         ]:
             results["rows"].append(row)

@@ -4,50 +4,11 @@
 #include <algorithm>
 
 #include "counters.h"
+#include "cuda_common.h"
 #include "kernels.h"
-#include "ops_common.h"
-
-// Defined by libtorch_cuda.so and absent from a CPU-only torch. A weak reference is null there, which lets
-// one library load beside either.
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream)
-    __attribute__((weak));
 
 namespace grinqh::binding {
 namespace {
-
-using torch::stable::accelerator::DeviceGuard;
-
-cudaStream_t stream_of(const Tensor& tensor) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "grinqh: this torch was built without CUDA");
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-// Channels of a plane in tile order, uint8 [subplanes, tiles, K_p, run].
-void add_tiled_planes(const char* op, const std::vector<Tensor>& planes, const Tensor& like, PackedWeight& weight) {
-  STD_TORCH_CHECK(static_cast<int>(planes.size()) == weight.widths.count, "grinqh::", op, ": planes has ",
-                  planes.size(), " tensors and widths ", weight.widths.count, " entries: they must be as many");
-  int64_t most = weight.k;
-  for (size_t p = 0; p < planes.size(); ++p) {
-    const std::string name = "planes[" + std::to_string(p) + "]";
-    const int width = weight.widths.width[p];
-    STD_TORCH_CHECK(planes[p].dim() == 4, "grinqh::", op, ": ", name, " has shape ", shape_text(planes[p]),
-                    ": CUDA ops take planes in tile order, [subplanes, tiles, K_p, run], as grinqh::repack makes them");
-    check_tensor(op, name, planes[p], ScalarType::Byte,
-                 {cuda::sub_count(width), weight.n < 0 ? -1 : cuda::tile_count(weight.n), -1,
-                  cuda::run_bytes(cuda::sub_width(width))},
-                 like);
-    STD_TORCH_CHECK(planes[p].size(2) <= most, "grinqh::", op, ": ", name, " stores ", planes[p].size(2),
-                    " channels: allowed are at most ", most);
-    most = weight.channels[p] = planes[p].size(2);
-    weight.plane[p] = static_cast<const uint8_t*>(planes[p].const_data_ptr());
-  }
-}
-
-void check_block(const char* op, int64_t block) {
-  STD_TORCH_CHECK(is_block(block), "grinqh::", op, ": block is ", block, ": allowed are 32, 64 and 128");
-}
 
 PackedWeight to_tiled(const char* op, const PackedTensors& tensors, const Tensor& like) {
   check_block(op, tensors.block);
@@ -283,71 +244,8 @@ Tensor dequantize_cuda(std::vector<Tensor> planes, Tensor block_scale, Tensor ro
   return dense_tiles("dequantize", weight, row_scale, dtype, static_cast<int>(grade), 0, cuda::tile_count(weight.n));
 }
 
-// Canonical to tile order: what the other CUDA ops take in the places of planes and block_scale.
-std::tuple<std::vector<Tensor>, Tensor> repack_cuda(std::vector<Tensor> planes, Tensor block_scale,
-                                                    std::vector<int64_t> widths, int64_t n, int64_t block) {
-  const DeviceGuard guard(block_scale.get_device_index());
-  check_block("repack", block);
-  check_tensor("repack", "block_scale", block_scale, ScalarType::Half, {-1, block_count(n, block)}, block_scale);
-  PackedWeight weight;
-  weight.widths = to_widths("repack", widths);
-  weight.n = n;
-  weight.k = block_scale.size(0);
-  add_planes("repack", planes, block_scale, weight);
-  const cudaStream_t stream = stream_of(block_scale);
-  std::vector<Tensor> tiled;
-  for (int p = 0; p < weight.widths.count; ++p) {
-    const int width = weight.widths.width[p];
-    tiled.push_back(torch::stable::new_empty(
-        block_scale,
-        {cuda::sub_count(width), cuda::tile_count(n), weight.channels[p], cuda::run_bytes(cuda::sub_width(width))},
-        ScalarType::Byte));
-    throw_if_error("repack", cuda::repack_plane(weight.plane[p], n, weight.channels[p], width,
-                                                static_cast<uint8_t*>(tiled.back().mutable_data_ptr()), stream));
-  }
-  Tensor scale = torch::stable::new_empty(
-      block_scale, {cuda::tile_count(n) * cuda::blocks_per_tile(static_cast<int>(block)) + 1, weight.k});
-  throw_if_error("repack",
-                 cuda::repack_scale(static_cast<const uint16_t*>(block_scale.const_data_ptr()), n, weight.k,
-                                    static_cast<int>(block), static_cast<uint16_t*>(scale.mutable_data_ptr()), stream));
-  return {tiled, scale};
-}
-
-std::tuple<std::vector<Tensor>, Tensor> unpack_tiles_cuda(std::vector<Tensor> planes, Tensor block_scale,
-                                                          std::vector<int64_t> widths, int64_t n, int64_t block) {
-  const DeviceGuard guard(block_scale.get_device_index());
-  check_block("unpack_tiles", block);
-  check_tensor("unpack_tiles", "block_scale", block_scale, ScalarType::Half,
-               {cuda::tile_count(n) * cuda::blocks_per_tile(static_cast<int>(block)) + 1, -1}, block_scale);
-  PackedWeight weight;
-  weight.widths = to_widths("unpack_tiles", widths);
-  weight.n = n;
-  weight.k = block_scale.size(1);
-  add_tiled_planes("unpack_tiles", planes, block_scale, weight);
-  const cudaStream_t stream = stream_of(block_scale);
-  std::vector<Tensor> canonical;
-  for (int p = 0; p < weight.widths.count; ++p) {
-    const int width = weight.widths.width[p];
-    canonical.push_back(
-        torch::stable::new_empty(block_scale, {weight.channels[p], plane_row_bytes(n, width)}, ScalarType::Byte));
-    throw_if_error("unpack_tiles",
-                   cuda::unpack_plane(weight.plane[p], n, weight.channels[p], width,
-                                      static_cast<uint8_t*>(canonical.back().mutable_data_ptr()), stream));
-  }
-  Tensor scale = torch::stable::new_empty(block_scale, {weight.k, block_count(n, block)});
-  throw_if_error("unpack_tiles",
-                 cuda::unpack_scale(static_cast<const uint16_t*>(block_scale.const_data_ptr()), n, weight.k,
-                                    static_cast<int>(block), static_cast<uint16_t*>(scale.mutable_data_ptr()), stream));
-  return {canonical, scale};
-}
-
 }  // namespace
 }  // namespace grinqh::binding
-
-STABLE_TORCH_LIBRARY_FRAGMENT(grinqh, m) {
-  m.def("repack(Tensor[] planes, Tensor block_scale, int[] widths, int n, int block) -> (Tensor[], Tensor)");
-  m.def("unpack_tiles(Tensor[] planes, Tensor block_scale, int[] widths, int n, int block) -> (Tensor[], Tensor)");
-}
 
 STABLE_TORCH_LIBRARY_IMPL(grinqh, CUDA, m) {
   namespace binding = grinqh::binding;
@@ -357,6 +255,4 @@ STABLE_TORCH_LIBRARY_IMPL(grinqh, CUDA, m) {
   m.impl("linear", TORCH_BOX(&binding::linear_cuda));
   m.impl("grade", TORCH_BOX(&binding::grade_cuda));
   m.impl("dequantize", TORCH_BOX(&binding::dequantize_cuda));
-  m.impl("repack", TORCH_BOX(&binding::repack_cuda));
-  m.impl("unpack_tiles", TORCH_BOX(&binding::unpack_tiles_cuda));
 }

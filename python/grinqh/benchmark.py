@@ -97,7 +97,7 @@ class RandomLayer:
 
 
 def random_layers(
-    n: int, k: int, count: int, widths: Sequence[int] = (2, 1, 1, 2, 2), block: int = 64
+    n: int, k: int, count: int, widths: Sequence[int] = (2, 2, 2, 2), block: int = 64
 ) -> list[RandomLayer]:
     """Packed layers in memory of their own each, filled with random bytes."""
     noise = torch.randint(0, 256, (1 << 22,), dtype=torch.uint8)
@@ -128,7 +128,7 @@ def _filled(shape: tuple[int, int], noise: torch.Tensor) -> torch.Tensor:
     return flat.view(shape)
 
 
-def gaussian_thresholds(read_bits: float, widths: Sequence[int] = (2, 1, 1, 2, 2)) -> torch.Tensor:
+def gaussian_thresholds(read_bits: float, widths: Sequence[int] = (2, 2, 2, 2)) -> torch.Tensor:
     """Thresholds at which standard normal activations read so many bits on average.
 
     They have the form that calibration gives: an error that falls by 4 with every bit, and one lambda.

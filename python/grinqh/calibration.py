@@ -269,15 +269,10 @@ def _sort(layer: GrinqhLinear, mean_square: Tensor) -> None:
     """Puts the stored channels in order of mean square times column energy, unless some are left out already."""
     if any(channels < layer.in_features for channels in layer.stored_channels):
         return
-    tensors = layer.tensors
-    planes = [tensors[packing.plane_name(p)] for p in range(layer.format.planes)]
-    scales = [tensors[name] for name in ("block_scale", "row_scale", "gain", "channel_order")]
-    widths = list(layer.format.plane_widths)
-    weight = torch.ops.grinqh.dequantize(planes, *scales, widths, layer.format.block, len(planes), torch.float32)
-    importance = mean_square * weight.double().square().sum(1).cpu()  # by input feature
-    stored = importance[tensors["channel_order"].long().cpu()]
-    order = stored.argsort(descending=True, stable=True).to(weight.device)
-    layer.set_packed(packing.sort_channels(tensors, order), layer.format)
+    importance = mean_square * layer.dense().double().square().sum(1).cpu()  # by input feature
+    stored = importance[layer.channel_order.long().cpu()]
+    order = stored.argsort(descending=True, stable=True).to(layer.gain.device)
+    layer.set_packed(packing.sort_channels(layer.tensors, order), layer.format)
 
 
 def _drop_channels(

@@ -106,7 +106,7 @@ class GrinqhConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        plane_widths: Iterable[int] = (2, 1, 1, 2, 2),
+        plane_widths: Iterable[int] = (2, 2, 2, 2),
         block: int = 64,
         stored_bits: float | None = None,
         read_bits: ReadBits | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ class GrinqhLinear(nn.Module):
 
     Its parameters are the tensors of `grinqh.packing`, none trainable; gradients flow to the input. The dial is the
     buffer `thresholds` (float32 [G], all 0 at first: everything is read), which `grinqh.set_bits` writes in place.
+
+    On an NVIDIA GPU the parameters `plane_<p>` and `block_scale` lie in the tile order of its kernels: moving the layer
+    there and back converts them. `tensors`, state dicts and saved files always hold the canonical order.
 
     Args:
         tensors: the packed layer (see `grinqh.packing`), with a bias or without.
@@ -55,23 +59,51 @@ class GrinqhLinear(nn.Module):
 
     @property
     def tensors(self) -> packing.PackedTensors:
-        """The packed tensors by name."""
-        return {name: p.detach() for name, p in self._parameters.items() if p is not None}
+        """The packed tensors by name, in canonical order."""
+        tensors = {name: p.detach() for name, p in self._parameters.items() if p is not None}
+        return packing.from_tiles(tensors, self.format) if self.tiled else tensors
 
     def set_packed(self, tensors: Mapping[str, Tensor], format: LayerFormat) -> None:
-        """Puts other packed tensors into the layer, for the same numbers of inputs and outputs."""
+        """Puts other packed tensors, in canonical order, into the layer, for the same numbers of inputs and outputs."""
         for name in [name for name in self._parameters if name.startswith("plane_")]:
             del self._parameters[name]
-        for name, tensor in tensors.items():
-            setattr(self, name, nn.Parameter(tensor.detach(), requires_grad=False))
         self.format = format
         self._planes = [packing.plane_name(p) for p in range(format.planes)]
         self._widths = list(format.plane_widths)
+        self._set_parameters(tensors)
+        self.arrange()
+
+    def _set_parameters(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            setattr(self, name, nn.Parameter(tensor.detach(), requires_grad=False))
+
+    @property
+    def tiled(self) -> bool:
+        """Whether the planes and block scales lie in the order of the CUDA kernels."""
+        return packing.is_tiled(self._parameters)
+
+    def arrange(self) -> None:
+        """Brings planes and block scales into the order that the kernels of their device take."""
+        if self.gain.is_cuda and not self.tiled:
+            self._set_parameters(packing.to_tiles(self.tensors, self.format))
+
+    def _arrange_canonically(self) -> None:
+        if self.tiled:
+            self._set_parameters(self.tensors)
 
     @property
     def stored_channels(self) -> list[int]:
         """Channels stored in each plane: K_p."""
-        return [self._parameters[name].shape[0] for name in self._planes]  # type: ignore[union-attr]
+        axis = 2 if self.tiled else 0
+        return [self._parameters[name].shape[axis] for name in self._planes]  # type: ignore[union-attr]
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights with all stored planes read, [in_features, out_features]."""
+        p = self._parameters
+        names = ("block_scale", "row_scale", "gain", "channel_order")
+        weight = ([p[name] for name in self._planes], *(p[name] for name in names), self._widths, self.format.block)
+        dense: Tensor = torch.ops.grinqh.dequantize(*weight, len(self._planes), dtype)
+        return dense
 
     @property
     def weights(self) -> int:
@@ -163,4 +195,19 @@ class GrinqhLinear(nn.Module):
             moved = fn(tensor)
             return moved if tensor is bias or moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        return super()._apply(keep_dtype, recurse)
+        if not keep_dtype(self.gain.detach()).is_cuda:
+            self._arrange_canonically()
+        super()._apply(keep_dtype, recurse)
+        self.arrange()
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.tiled:
+            tensors = self.tensors
+            destination |= {prefix + name: tensors[name] for name in (*self._planes, "block_scale")}
+
+    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
+        self._arrange_canonically()
+        super()._load_from_state_dict(*arguments, **keywords)
+        self.arrange()

@@ -142,7 +142,7 @@ def weighted_mean(layers: Iterable[GrinqhLinear], values: Iterable[float]) -> fl
 def packed_bytes(model: nn.Module) -> int:
     """Bytes of all tensors of the packed layers, scales, tables and biases included."""
     layers = packed_layers(model).values()
-    return sum(tensor.numel() * tensor.element_size() for layer in layers for tensor in layer.tensors.values())
+    return sum(tensor.numel() * tensor.element_size() for layer in layers for tensor in layer.parameters())
 
 
 @contextmanager

@@ -86,6 +86,33 @@ def _unpack_fake(planes: Sequence[Tensor], widths: Sequence[int], n: int, k: int
     return planes[0].new_empty((k, n))
 
 
+# Tile order: cuda/layout.h.
+_TILE = 256
+
+
+def _tile_shapes(widths: Sequence[int], n: int, block: int) -> tuple[int, int, list[tuple[int, int]]]:
+    """Tiles, scales of a channel, and for each plane its subplanes and the bytes of a run."""
+    tiles = -(-n // _TILE)
+    return tiles, tiles * (_TILE // block) + 1, [(max(1, w // 2), _TILE * min(w, 2) // 8) for w in widths]
+
+
+@torch.library.register_fake("grinqh::repack")
+def _repack_fake(
+    planes: Sequence[Tensor], block_scale: Tensor, widths: Sequence[int], n: int, block: int
+) -> tuple[list[Tensor], Tensor]:
+    tiles, scales, runs = _tile_shapes(widths, n, block)
+    tiled = [p.new_empty((subplanes, tiles, p.shape[0], run)) for p, (subplanes, run) in zip(planes, runs, strict=True)]
+    return tiled, block_scale.new_empty((scales, block_scale.shape[0]))
+
+
+@torch.library.register_fake("grinqh::unpack_tiles")
+def _unpack_tiles_fake(
+    planes: Sequence[Tensor], block_scale: Tensor, widths: Sequence[int], n: int, block: int
+) -> tuple[list[Tensor], Tensor]:
+    rows = [p.new_empty((p.shape[2], (n * width + 7) // 8)) for p, width in zip(planes, widths, strict=True)]
+    return rows, block_scale.new_empty((block_scale.shape[1], -(-n // block)))
+
+
 @torch.library.register_fake("grinqh::grade")
 def _grade_fake(x: Tensor, *_: Any, **__: Any) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.uint8)

@@ -17,8 +17,8 @@ N outputs, T dial settings; plane_p and the scales are defined in format.h):
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,7 +93,7 @@ def pack_weight(
         dial_points: T.
 
     Returns:
-        The layer's tensors but for a bias, on the CPU.
+        The layer's tensors but for a bias, on the weight's device if that has kernels (CPU, CUDA), else on the CPU.
 
     Raises:
         InputError: a weight that is no matrix, has no data, or holds NaN or infinity.
@@ -103,15 +103,17 @@ def pack_weight(
     """
     check_weight(name, weight)
     ops = torch.ops.grinqh
-    weight = weight.detach().to("cpu", torch.float32).contiguous()
+    device = weight.device if weight.is_cuda else "cpu"
+    weight = weight.detach().to(device, torch.float32).contiguous()
     planes, in_features = format.planes, weight.shape[1]
     order = ops.sort_channels(weight, mean_square)
     codes, block_scale, row_scale, gain, channel_error = ops.quantize(weight, order, format.block)
     packed = ops.pack(codes, list(format.plane_widths), [in_features] * planes)
     bits = list(format.grade_bits)
-    channel_error = channel_error[bits]
+    # On the CPU wherever the layer is, so that its tables are the same everywhere.
+    channel_error = channel_error[bits].cpu()
     error = channel_error.double().mean(dim=1).float()
-    return {
+    tensors = {
         **{plane_name(p): plane for p, plane in enumerate(packed)},
         "block_scale": block_scale,
         "row_scale": row_scale,
@@ -122,6 +124,36 @@ def pack_weight(
         "unit_thresholds": grading.unit_thresholds(bits, error),
         "dial": torch.full((planes, dial_points), torch.nan),
     }
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def is_tiled(tensors: Mapping[str, Tensor | None]) -> bool:
+    """Whether planes and block scales are in the tile order of the CUDA kernels (cuda/layout.h)."""
+    first = tensors[plane_name(0)]
+    return first is not None and first.ndim == 4
+
+
+def to_tiles(tensors: Mapping[str, Tensor], format: LayerFormat) -> PackedTensors:
+    """A layer on an NVIDIA GPU with its planes and block scales in tile order; they are copies."""
+    return _reordered(torch.ops.grinqh.repack, tensors, format)
+
+
+def from_tiles(tensors: Mapping[str, Tensor], format: LayerFormat) -> PackedTensors:
+    """The inverse of `to_tiles`."""
+    return _reordered(torch.ops.grinqh.unpack_tiles, tensors, format)
+
+
+def _reordered(reorder: Callable[..., Any], tensors: Mapping[str, Tensor], format: LayerFormat) -> PackedTensors:
+    names = [plane_name(p) for p in range(format.planes)]
+    outputs = tensors["row_scale"].shape[0]
+    planes, block_scale = reorder(
+        [tensors[name].detach() for name in names],
+        tensors["block_scale"].detach(),
+        list(format.plane_widths),
+        outputs,
+        format.block,
+    )
+    return {**tensors, **dict(zip(names, planes, strict=True)), "block_scale": block_scale}
 
 
 def check_specs(

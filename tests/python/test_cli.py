@@ -91,7 +91,7 @@ def test_info_agrees_with_the_loaded_model(model: Path, result: Callable[..., An
     assert 5.8 < info["stored_bits"] <= 6
     assert info["packed_bytes"] == grinqh.packed_bytes(loaded)
     assert info["total_bytes"] == (model / "model.safetensors").stat().st_size
-    assert [plane["width"] for plane in info["planes"]] == [2, 1, 1, 2, 2]
+    assert [plane["width"] for plane in info["planes"]] == [2, 2, 2, 2]
     parts = [plane["channels_stored"] for plane in info["planes"]]
     assert parts[0] == 1
     assert parts == sorted(parts, reverse=True)

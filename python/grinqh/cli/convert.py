@@ -23,7 +23,7 @@ def add_parser(commands: Any) -> None:
         "--plane-widths",
         type=_widths,
         metavar="W,W,..",
-        help="bits of each plane, most significant first (default: 2,1,1,2,2)",
+        help="bits of each plane, most significant first (default: 2,2,2,2)",
     )
     parser.add_argument("--block", type=int, help="outputs that share a scale: 32, 64 or 128 (default: 64)")
     parser.add_argument("--stored-bits", type=float, help="mean bits per weight to keep (default: all)")

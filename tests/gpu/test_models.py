@@ -1,0 +1,146 @@
+"""Converted models on the GPU: moving, saving, loading, calibrating, generating, compiling."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import grinqh
+
+transformers = pytest.importorskip("transformers")
+
+TEXT = torch.arange(400).reshape(1, -1) * 37 % 190
+
+
+def tiny_llama(**changes: object) -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=200,
+        hidden_size=96,
+        intermediate_size=200,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        eos_token_id=None,
+        pad_token_id=0,
+        **changes,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def converted() -> nn.Module:
+    model = grinqh.quantize_model(tiny_llama(), progress=False)
+    grinqh.calibrate(model, TEXT, progress=False)
+    return model
+
+
+@pytest.fixture
+def model(converted: nn.Module) -> nn.Module:
+    return copy.deepcopy(converted)
+
+
+def same_state(one: nn.Module, other: nn.Module) -> bool:
+    first, second = one.state_dict(), other.state_dict()
+    return first.keys() == second.keys() and all(
+        a.dtype == second[name].dtype and torch.equal(a.cpu(), second[name].cpu()) for name, a in first.items()
+    )
+
+
+def test_moving_to_the_gpu_and_back_changes_no_bit(model: nn.Module, converted: nn.Module) -> None:
+    moved = model.to("cuda")
+    layers = grinqh.packed_layers(moved).values()
+    assert all(layer.tiled for layer in layers)
+    assert [layer.stored_channels for layer in layers] == [
+        layer.stored_channels for layer in grinqh.packed_layers(converted).values()
+    ]
+    assert same_state(moved, converted)
+    moved.half().to("cpu")
+    assert all(
+        torch.equal(tensor.nan_to_num(), grinqh.packed_layers(converted)[name].tensors[key].nan_to_num())
+        for name, layer in grinqh.packed_layers(moved).items()
+        for key, tensor in layer.tensors.items()
+    )
+    assert not any(layer.tiled for layer in layers)
+
+
+def test_outputs_on_the_gpu_are_those_of_the_cpu(model: nn.Module, converted: nn.Module) -> None:
+    for bits in (8, 3, 2):
+        grinqh.set_bits(converted, bits)
+        grinqh.set_bits(model, bits)
+        with torch.no_grad(), grinqh.graded(converted), grinqh.graded(model):
+            wanted = converted(TEXT[:, :64]).logits
+            got = model.to("cuda")(TEXT[:, :64].cuda()).logits.cpu()
+        assert float((got - wanted).norm() / wanted.norm()) < 5e-3
+
+
+def test_quantizing_on_the_gpu_gives_the_bits_of_the_cpu() -> None:
+    on_cpu = grinqh.quantize_model(tiny_llama(), progress=False)
+    on_gpu = grinqh.quantize_model(tiny_llama().to("cuda"), progress=False)
+    assert all(layer.tiled for layer in grinqh.packed_layers(on_gpu).values())
+    for name, layer in grinqh.packed_layers(on_cpu).items():
+        other = grinqh.packed_layers(on_gpu)[name].tensors
+        for tensor, value in layer.tensors.items():
+            assert torch.equal(other[tensor].cpu().nan_to_num(), value.nan_to_num()), (name, tensor)
+
+
+def test_calibration_on_the_gpu_reads_the_bits_asked_for() -> None:
+    model = grinqh.quantize_model(tiny_llama().to("cuda"), progress=False)
+    grinqh.calibrate(model, TEXT, progress=False)
+    grinqh.set_bits(model, 3.0)
+    grinqh.count_reads(model)
+    with torch.no_grad(), grinqh.graded(model):
+        model(TEXT.cuda())
+    assert abs(grinqh.read_stats(model).read_bits - 3.0) < 0.1
+
+
+def test_save_and_load_are_bit_equal_on_the_gpu(model: nn.Module, converted: nn.Module, tmp_path: Path) -> None:
+    model.to("cuda").save_pretrained(tmp_path)
+    for device in ("cuda", "cpu"):
+        loaded = grinqh.from_pretrained(tmp_path, device_map=device)
+        assert all(layer.tiled == (device == "cuda") for layer in grinqh.packed_layers(loaded).values())
+        assert same_state(loaded, converted)
+
+
+def test_a_state_dict_of_the_cpu_loads_on_the_gpu(model: nn.Module, converted: nn.Module) -> None:
+    model.to("cuda")
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    model.load_state_dict(converted.state_dict())
+    assert same_state(model, converted)
+
+
+def test_generate_follows_the_dial(model: nn.Module) -> None:
+    model.to("cuda", torch.bfloat16)
+    prompt = TEXT[:, :16].cuda()
+    options = {"max_new_tokens": 12, "do_sample": False}
+    eager = {}
+    for bits in (8.0, 2.0):
+        grinqh.set_bits(model, bits)
+        eager[bits] = model.generate(prompt, **options)
+    assert not torch.equal(eager[8.0], eager[2.0])
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, in its own compiler
+def test_one_compiled_graph_serves_every_setting_of_the_dial(model: nn.Module) -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    model.to("cuda", torch.bfloat16)
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    ids = TEXT[:, :1].cuda()
+    with torch.no_grad():
+        outputs = []
+        for bits in (8.0, 3.0, 2.0):
+            grinqh.set_bits(model, bits)
+            wanted = model(ids, use_cache=False).logits
+            got = compiled(ids, use_cache=False).logits
+            assert float((got - wanted).float().norm() / wanted.float().norm()) < 2e-2
+            outputs.append(got)
+    assert counter.frame_count == 1
+    assert not torch.equal(outputs[0], outputs[2])
