@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
+import stat
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -93,6 +94,7 @@ def convert(
             calibration_tokens=report.tokens,
         )
         (folder / "README.md").write_text(_model_card(conversion, config, command), encoding="utf-8")
+        _make_weights_as_readable_as(folder / "README.md", folder)
     return conversion
 
 
@@ -109,18 +111,24 @@ def _new_folder(out: Path, force: bool) -> Iterator[Path]:
         raise InputError(f"OUT {out}: the folder {parent} does not exist")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"OUT {out}: the folder {parent} is not writable")
+    partial = parent / f"{out.name}.partial-{uuid.uuid4().hex[:8]}"
     try:
-        partial = Path(tempfile.mkdtemp(prefix=f"{out.name}.partial-", dir=parent))
+        partial.mkdir()
     except OSError as error:
         raise InputError(f"OUT {out}: the folder {parent} is not writable ({error.strerror})") from error
     try:
-        partial.chmod(0o755)  # mkdtemp's is for secrets
         yield partial
         if force and out.exists():
             shutil.rmtree(out)
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _make_weights_as_readable_as(other: Path, folder: Path) -> None:
+    """Gives the weight files the mode of another file: safetensors makes them for their owner alone."""
+    for file in folder.glob("*.safetensors"):
+        file.chmod(stat.S_IMODE(other.stat().st_mode))
 
 
 def _model_card(conversion: Conversion, config: GrinqhConfig, command: str) -> str:

@@ -108,6 +108,18 @@ def test_the_model_card_gives_command_and_figures(converted: Path) -> None:
     assert "stored bits | 8.000" in card
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_files_have_the_mode_that_the_umask_gives(source: Path, text: Path, tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        convert(source, tmp_path / "out", calibration=text)
+    finally:
+        os.umask(before)
+    out = tmp_path / "out"
+    assert out.stat().st_mode & 0o777 == 0o777 & ~umask
+    assert {file.stat().st_mode & 0o777 for file in out.iterdir()} == {0o666 & ~umask}
+
+
 def test_stored_bits_are_what_was_asked_for(source: Path, text: Path, tmp_path: Path) -> None:
     made = convert(source, tmp_path / "out", grinqh.GrinqhConfig(stored_bits=5.0), calibration=text)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
