@@ -179,11 +179,19 @@ def median_microseconds(
 @torch.no_grad()
 def decode_tokens_per_second(model: PreTrainedModel, prompt: torch.Tensor, tokens: int = 32) -> float:
     """Greedy decoding of one sequence after a prompt [1, length]: the reciprocal of the median step."""
-    step = model(input_ids=prompt, use_cache=True)
+    step = model(input_ids=prompt.to(model.device), use_cache=True)
     times = []
     for _ in range(tokens):
         token = step.logits[:, -1:].argmax(-1)
+        _finish(model.device)
         start = time.perf_counter()
         step = model(input_ids=token, past_key_values=step.past_key_values, use_cache=True)
+        _finish(model.device)
         times.append(time.perf_counter() - start)
     return 1 / statistics.median(times)
+
+
+def _finish(device: torch.device) -> None:
+    """Waits for what was given to a GPU, which is still at work when a call returns."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

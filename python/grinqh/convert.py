@@ -6,7 +6,7 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from grinqh.benchmark import versions
 from grinqh.calibration import calibrate
 from grinqh.config import GrinqhConfig
+from grinqh.device import find_device
 from grinqh.errors import InputError
 from grinqh.model import packed_bytes, packed_layers, stored_bits
 from grinqh.source import Source
@@ -38,6 +39,7 @@ class Conversion:
     total_bytes: int  # of the weight files, with all that stayed at full precision
     calibration: str
     calibration_tokens: int
+    device: str  # where it was converted and calibrated
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -52,8 +54,10 @@ def convert(
     calibration: str | Path | None = None,
     calibration_tokens: int = CALIBRATION_TOKENS,
     dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
     force: bool = False,
     command: str = "grinqh.convert",
+    on_start: Callable[[], None] | None = None,
 ) -> Conversion:
     """Quantizes, calibrates and saves a model, with its tokenizer and a model card.
 
@@ -66,19 +70,27 @@ def convert(
         calibration: a UTF-8 text file; None for the help topics of Python.
         calibration_tokens: how much of it to use, about.
         dtype: of what stays at full precision; "auto" for the source's own.
+        device: where weights are packed and the model is calibrated: "cpu", "cuda", "cuda:N", or "auto" for the first
+            NVIDIA GPU if there is one; None for the CPU.
         force: replace a converted model that is there already.
         command: what the model card gives as the command that made it.
+        on_start: called when all that can be checked beforehand was, and the weights are about to be read.
 
     Raises:
-        InputError: see `Source`; an `out` that exists or cannot be written; a weight that is NaN or infinite.
+        InputError: see `Source`; a device that is not there; an `out` that exists or cannot be written; a weight that
+            is NaN or infinite.
     """
     config = GrinqhConfig() if config is None else config
+    device = find_device(device)
     checked = Source(source)
     text = calibration_text() if calibration is None else read_text(calibration)
     text_name = CALIBRATION_TEXT_NAME if calibration is None else Path(calibration).name
     with _new_folder(Path(out), force) as folder:
-        model = checked.load_quantized(config, dtype)
+        if on_start is not None:
+            on_start()
+        model: Any = checked.load_quantized(config, dtype, device)
         report = calibrate(model, text, checked.tokenizer, max_tokens=calibration_tokens)
+        model.to("cpu")  # in canonical order, as the file: on a GPU there would be two copies
         model.save_pretrained(folder)
         checked.copy_companions(folder)
         layers = packed_layers(model).values()
@@ -92,6 +104,7 @@ def convert(
             total_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
             calibration=text_name,
             calibration_tokens=report.tokens,
+            device=str(device),
         )
         (folder / "README.md").write_text(_model_card(conversion, config, command), encoding="utf-8")
         _make_weights_as_readable_as(folder / "README.md", folder)

@@ -13,6 +13,7 @@ import torch
 
 from grinqh.checkpoint import read_specs
 from grinqh.config import GrinqhConfig
+from grinqh.device import find_device
 from grinqh.errors import InputError
 from grinqh.gguf import check_gguf, is_gguf, load_gguf_model, load_gguf_tokenizer
 from grinqh.model import quantize_model
@@ -62,20 +63,35 @@ class Source:
         path = self.path.resolve()
         return path.stem if self.gguf else path.name
 
-    def load_model(self, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
-        """The model at full precision; "auto" is the type that it is stored in."""
+    def load_model(
+        self, dtype: torch.dtype | str = "auto", device: torch.device | str | None = None
+    ) -> PreTrainedModel:
+        """The model at full precision, on a device (None: the CPU); "auto" is the type that it is stored in."""
+        device = find_device(device)
         if self.gguf:
-            return load_gguf_model(self.path, dtype)
-        return self._from_pretrained(dtype=dtype)
+            return self._from_gguf(dtype, device)
+        return self._from_pretrained(device, dtype=dtype)
 
-    def load_quantized(self, config: GrinqhConfig, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    def load_quantized(
+        self, config: GrinqhConfig, dtype: torch.dtype | str = "auto", device: torch.device | str | None = None
+    ) -> PreTrainedModel:
         """The model with its linear layers packed, not yet calibrated.
 
         From a folder, weights are packed as they are read, one at a time; transformers dequantizes a GGUF file whole.
+
+        Args:
+            config: what to convert and how.
+            dtype: see `load_model`.
+            device: where weights are packed and the model is left, as `grinqh.device.find_device` takes it; None for
+                the CPU.
+
+        Raises:
+            InputError: a device that is not there, or a model that cannot be loaded or converted.
         """
+        device = find_device(device)
         if self.gguf:
-            return quantize_model(load_gguf_model(self.path, dtype), config)
-        return self._from_pretrained(dtype=dtype, quantization_config=config)
+            return quantize_model(self._from_gguf(dtype, device), config)
+        return self._from_pretrained(device, dtype=dtype, quantization_config=config)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -107,9 +123,15 @@ class Source:
         facts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
-    def _from_pretrained(self, **options: Any) -> PreTrainedModel:
+    def _from_gguf(self, dtype: torch.dtype | str, device: torch.device) -> PreTrainedModel:
+        model: Any = load_gguf_model(self.path, dtype)
+        return model if device.type == "cpu" else model.to(device)
+
+    def _from_pretrained(self, device: torch.device, **options: Any) -> PreTrainedModel:
         from transformers import AutoModelForCausalLM
 
+        if device.type != "cpu":
+            options["device_map"] = str(device)
         model: PreTrainedModel
         try:
             model, loading = AutoModelForCausalLM.from_pretrained(self.path, output_loading_info=True, **options)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import grinqh
+from grinqh.cli import main
 
 transformers = pytest.importorskip("transformers")
 
@@ -144,3 +147,36 @@ def test_one_compiled_graph_serves_every_setting_of_the_dial(model: nn.Module) -
             outputs.append(got)
     assert counter.frame_count == 1
     assert not torch.equal(outputs[0], outputs[2])
+
+
+@pytest.mark.filterwarnings("ignore")  # the command line prints them
+def test_the_commands_run_on_the_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tiny_source import make_source
+
+    source, text = make_source(tmp_path / "source"), tmp_path / "text.txt"
+    text.write_text("It was the best of times, it was the worst of times. " * 40, encoding="utf-8")
+
+    def run(*arguments: object) -> dict[str, object]:
+        assert main([*map(str, arguments), "--json"]) == 0
+        printed = capsys.readouterr()
+        where = arguments[arguments.index("--device") + 1]
+        assert ("device: cpu (" if where == "cpu" else "device: cuda:0 (") in printed.err
+        return json.loads(printed.out)
+
+    made = {
+        device: run("convert", source, tmp_path / device, "--calibration", text, "--device", device)
+        for device in ("cpu", "cuda")
+    }
+    assert made["cuda"]["device"] == "cuda:0"
+    assert made["cuda"]["packed_bytes"] == made["cpu"]["packed_bytes"]
+    ours, theirs = (load_file(tmp_path / device / "model.safetensors") for device in ("cuda", "cpu"))
+    # Calibration rounds differently, which may exchange channels; what does not depend on it is the same.
+    assert {name: tensor.shape for name, tensor in ours.items()} == {name: t.shape for name, t in theirs.items()}
+    assert all(
+        torch.equal(ours[name], theirs[name]) for name in ours if name.endswith(("row_scale", ".gain", ".error"))
+    )
+    for device in ("cuda:0", "auto"):
+        answer = run("generate", tmp_path / "cuda", "It was", "--max-new-tokens", 4, "--device", device)
+        assert answer["device"] == "cuda:0"
+        scores = run("ppl", tmp_path / "cuda", "--text", text, "--window", 64, "--windows", 1, "--device", device)
+        assert scores["device"] == "cuda:0"

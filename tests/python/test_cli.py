@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from tiny_gguf import make_gguf
 from tiny_source import make_source
@@ -18,8 +19,13 @@ from transformers import AutoModelForCausalLM
 
 import grinqh
 from grinqh.cli import main
+from grinqh.convert import convert
+from grinqh.device import describe_device, find_device
+from grinqh.ops import cpu_isa
+from grinqh.source import Source
 
 TEXT = "It was the best of times, it was the worst of times. " * 40
+DEVICE_LINE = f"device: cpu ({cpu_isa()} kernels)\n"
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +33,22 @@ def own_warnings() -> Iterator[None]:
     """Puts back how Python shows warnings, which the command line changes."""
     with warnings.catch_warnings():
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs by default is the CPU, also where there is a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def two_gpus(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with two GPUs, as far as one can tell without running anything."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU number {device.index}")
+    monkeypatch.setattr("grinqh.device.has_cuda_kernels", lambda: True)
 
 
 @pytest.fixture(scope="module")
@@ -45,18 +67,18 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(source: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("out") / "converted"
     grinqh_convert = ["convert", str(source), str(out), "--calibration", str(text), "--stored-bits", "6"]
-    assert main(grinqh_convert) == 0
+    assert main([*grinqh_convert, "--device", "cpu"]) == 0
     return out
 
 
 @pytest.fixture
 def result(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
-    """Runs a command with --json; nothing but the object may be printed."""
+    """Runs a command with --json; nothing but the object may be printed, and on stderr what runs."""
 
     def run(*arguments: object) -> Any:
         assert main([*map(str, arguments), "--json"]) == 0
         printed = capsys.readouterr()
-        assert printed.err == ""
+        assert printed.err == ("" if arguments[0] == "info" else DEVICE_LINE)
         return json.loads(printed.out)
 
     return run
@@ -119,7 +141,7 @@ def test_generate_prints_only_the_answer_unless_asked_for_statistics(
     assert main(["generate", str(model), "It was", "--max-new-tokens", "4"]) == 0
     plain = capsys.readouterr()
     assert "read_bits" not in plain.out
-    assert plain.err == ""
+    assert plain.err == DEVICE_LINE
     assert main(["generate", str(model), "It was", "--max-new-tokens", "4", "--stats"]) == 0
     assert "read_bits: " in capsys.readouterr().out
 
@@ -174,6 +196,82 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
         main([command, "--help"])
     assert exit_.value.code == 0
     assert f"usage: grinqh {command}" in capsys.readouterr().out
+
+
+# ---- where it runs
+
+
+def test_every_command_that_runs_a_model_says_where(
+    model: Path, source: Path, text: Path, tmp_path: Path, result: Callable[..., Any], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("grinqh.cli.bench.rotation_count", lambda *_: 2)
+    for device in ("auto", "cpu"):
+        out, option = tmp_path / device, ["--device", device]
+        assert result("convert", source, out, "--calibration", text, *option)["device"] == "cpu"
+        assert result("generate", model, "It was", "--max-new-tokens", 2, *option)["device"] == "cpu"
+        assert result("ppl", model, "--text", text, "--window", 64, "--windows", 1, *option)["device"] == "cpu"
+        few = ["--shape", "64x48", "--bits", "8", "--seconds", 0, "--tokens", 1]
+        assert result("bench", model, *few, *option)["device"] == "cpu"
+        assert result("bench", *few, *option)["device"] == "cpu"
+    first, second = (load_file(tmp_path / device / "model.safetensors") for device in ("auto", "cpu"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_auto_is_the_first_gpu_and_others_are_found_by_number() -> None:
+    for name, wanted in (("auto", "cuda:0"), ("cuda", "cuda:0"), ("cuda:1", "cuda:1"), ("cpu", "cpu")):
+        assert find_device(name) == torch.device(wanted)
+    assert find_device(torch.device("cuda")) == torch.device("cuda:0")
+    assert describe_device(find_device("cuda:1")) == "cuda:1 (GPU number 1)"
+    assert describe_device(find_device("cpu")) == f"cpu ({cpu_isa()} kernels)"
+    for name in ("cuda:2", "cuda:-1", "cuda:", "gpu", "1", "mps", "meta", ""):
+        with pytest.raises(grinqh.InputError, match=rf"device is '{name}', .*available here: cpu, cuda:0, cuda:1$"):
+            find_device(name)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_gpus_that_the_ops_were_not_built_for_are_named_and_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grinqh.device.has_cuda_kernels", lambda: False)
+    assert find_device("auto") == torch.device("cpu")
+    assert describe_device(find_device("auto")).endswith("; this build of grinqh has no CUDA kernels)")
+    with pytest.raises(grinqh.InputError, match=r"available here: cpu \(this build of grinqh has no CUDA kernels\)"):
+        find_device("cuda:0")
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_a_model_is_loaded_where_it_shall_run(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from grinqh.cli.common import load_converted
+
+    placements = []
+    monkeypatch.setattr(grinqh, "from_pretrained", lambda *_, **options: placements.append(options.get("device_map")))
+    for device in ("cpu", "auto", "cuda:1"):
+        load_converted(model, find_device(device))
+    assert placements == [None, "cuda:0", "cuda:1"]
+
+
+def test_a_device_that_is_not_there_is_refused_in_one_line(
+    model: Path, source: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for device in ("cuda", "cuda:7", "gpu"):
+        words = f"device is '{device}', must be auto, cpu, cuda or cuda:N; available here: cpu ("
+        for command in (
+            ["convert", source, tmp_path / "out"],
+            ["generate", model, "It was"],
+            ["ppl", model, "--text", text],
+            ["bench", model],
+            ["bench"],
+        ):
+            assert_refused([*command, "--device", device], words, capsys)
+    with pytest.raises(grinqh.InputError, match="device is 'cuda:7'"):
+        convert(source, tmp_path / "out", device="cuda:7")
+    with pytest.raises(grinqh.InputError, match="device is ''"):
+        Source(source).load_quantized(grinqh.GrinqhConfig(), device="")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_a_layer_alone_is_not_timed_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert_refused(["bench", "--device", "cuda:1"], "device is 'cuda:1', must be cpu", capsys)
 
 
 # ---- bad input: exit code 2 and one line

@@ -21,7 +21,9 @@ from grinqh.benchmark import (
     rotation_count,
     versions,
 )
-from grinqh.cli.common import load_converted, numbers, positive, print_json, print_table
+from grinqh.cli.common import add_device_option, load_converted, numbers, positive, print_json, print_table, say_device
+from grinqh.device import find_device
+from grinqh.errors import InputError
 
 PROMPT_TOKENS = 16
 
@@ -31,8 +33,8 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "bench",
         help="time against read bits on this machine",
-        description="Times one layer of random weights, kept in copies beyond the caches, against torch's float32; and "
-        "with MODEL the decoding of the whole model.",
+        description="Times one layer of random weights, kept in copies beyond the caches, on the CPU against torch's "
+        "float32; and with MODEL the decoding of the whole model, on a device.",
     )
     parser.add_argument("model", type=Path, nargs="?", metavar="MODEL", help="folder of a converted model")
     parser.add_argument(
@@ -42,6 +44,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--bits", type=numbers, default=[8.0, 4.0, 3.0, 2.0], metavar="B,B,..", help="default: 8,4,3,2")
     parser.add_argument("--seconds", type=float, default=1.0, help="spent on each figure (default: %(default)s)")
     parser.add_argument("--tokens", type=positive, default=32, help="decoded at each setting (default: %(default)s)")
+    add_device_option(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
@@ -49,7 +52,13 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Times the layer, then the model."""
     thresholds = [gaussian_thresholds(bits) for bits in options.bits]
-    model = load_converted(options.model) if options.model else None
+    device = find_device("cpu" if options.model is None and options.device == "auto" else options.device)
+    if options.model is None and device.type != "cpu":
+        raise InputError(
+            f"device is {options.device!r}, must be cpu: without a MODEL only a layer is timed, on the CPU"
+        )
+    model = load_converted(options.model, device) if options.model else None
+    say_device(device)
     steps = tqdm(total=len(options.bits) * (1 if model is None else 2) + 1, desc="bench", disable=None, file=sys.stderr)
     with torch.no_grad(), steps:
         layer = _time_layer(options, thresholds, steps)
@@ -63,18 +72,20 @@ def run(options: argparse.Namespace) -> None:
                 "n": n,
                 "k": k,
                 "rows": options.rows,
+                "layer_device": "cpu",
+                "device": str(device),
                 "layer": layer,
                 "decode": decode,
             }
         )
         return
-    print(f"{n} x {k} layer, {options.rows} row(s), {torch.get_num_threads()} threads")
+    print(f"{n} x {k} layer on the CPU, {options.rows} row(s), {torch.get_num_threads()} threads")
     base = layer[0]["us"]
     print_table(
         ("method", "us", "against float32"), [(r["method"], f"{r['us']:,.1f}", f"{base / r['us']:.2f}x") for r in layer]
     )
     if decode is not None:
-        print(f"\ndecoding with {options.model}")
+        print(f"\ndecoding with {options.model} on {device}")
         print_table(("read bits", "tokens/s"), [(f"{r['read_bits']:g}", f"{r['tokens_per_s']:.1f}") for r in decode])
 
 

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from grinqh.device import describe_device
 from grinqh.errors import InputError
 
 if TYPE_CHECKING:
@@ -50,14 +53,27 @@ def converted_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def load_converted(folder: Path, stored_bits: float | None = None) -> PreTrainedModel:
-    """A converted model, ready to run."""
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """Declares --device, which `grinqh.device.find_device` reads."""
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto, the first NVIDIA GPU, else the CPU)"
+    )
+
+
+def say_device(device: torch.device) -> None:
+    """One line on stderr that says what runs."""
+    print(f"device: {describe_device(device)}", file=sys.stderr)
+
+
+def load_converted(folder: Path, device: torch.device, stored_bits: float | None = None) -> PreTrainedModel:
+    """A converted model on a device, ready to run."""
     need_transformers()
     converted_config(folder)
     from grinqh import from_pretrained
 
+    placement: dict[str, Any] = {} if device.type == "cpu" else {"device_map": str(device)}
     try:
-        return from_pretrained(folder, stored_bits=stored_bits)
+        return from_pretrained(folder, stored_bits=stored_bits, **placement)
     except InputError:
         raise
     except Exception as error:  # a damaged file makes itself known in many ways

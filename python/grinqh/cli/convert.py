@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from grinqh.cli.common import need_transformers, positive, print_json
+from grinqh.cli.common import add_device_option, need_transformers, positive, print_json, say_device
 
 
 def add_parser(commands: Any) -> None:
@@ -41,6 +41,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of what is not converted"
     )
+    add_device_option(parser)
     parser.add_argument("--force", action="store_true", help="replace a model folder at OUT")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
@@ -51,6 +52,7 @@ def run(options: argparse.Namespace) -> None:
     need_transformers()
     from grinqh import GrinqhConfig
     from grinqh.convert import convert
+    from grinqh.device import find_device
 
     given = {
         "plane_widths": options.plane_widths,
@@ -61,6 +63,7 @@ def run(options: argparse.Namespace) -> None:
         "convert_lm_head": options.convert_lm_head,
     }
     config = GrinqhConfig(**{name: value for name, value in given.items() if value is not None})
+    device = find_device(options.device)
     amount = {} if options.calibration_tokens is None else {"calibration_tokens": options.calibration_tokens}
     made = convert(
         options.source,
@@ -68,8 +71,10 @@ def run(options: argparse.Namespace) -> None:
         config,
         calibration=options.calibration,
         dtype=options.dtype,
+        device=device,
         force=options.force,
         command=options.command_line,
+        on_start=lambda: say_device(device),
         **amount,
     )
     if options.json:
@@ -84,5 +89,5 @@ def _widths(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise argparse.ArgumentTypeError(
-            f"{text!r} must be whole numbers with commas between them, as 2,1,1,2,2"
+            f"{text!r} must be whole numbers with commas between them, as 2,2,2,2"
         ) from error

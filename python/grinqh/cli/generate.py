@@ -7,7 +7,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from grinqh.cli.common import load_converted, load_tokenizer, positive, print_json
+from grinqh.cli.common import (
+    add_device_option,
+    load_converted,
+    load_tokenizer,
+    positive,
+    print_json,
+    say_device,
+)
+from grinqh.device import find_device
 from grinqh.errors import InputError
 
 
@@ -26,6 +34,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--chat", action="store_true", help="put the prompt as a question, by the model's chat template"
     )
+    add_device_option(parser)
     parser.add_argument("--stats", action="store_true", help="show the bits that were read and the time")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
@@ -35,7 +44,8 @@ def run(options: argparse.Namespace) -> None:
     """Prints the continuation, as it comes or as JSON."""
     if not options.prompt:
         raise InputError("PROMPT is empty: at least one character is needed")
-    model = load_converted(options.model, options.stored_bits)
+    device = find_device(options.device)
+    model = load_converted(options.model, device, options.stored_bits)
     tokenizer = load_tokenizer(options.model)
     from transformers import TextStreamer
 
@@ -54,10 +64,11 @@ def run(options: argparse.Namespace) -> None:
         inputs = tokenizer(options.prompt, return_tensors="pt")
     streamer = None if options.json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
+    say_device(device)
     grinqh.count_reads(model)
     start = time.perf_counter()
     output = model.generate(
-        **inputs.to(model.device), max_new_tokens=options.max_new_tokens, do_sample=False, streamer=streamer
+        **inputs.to(device), max_new_tokens=options.max_new_tokens, do_sample=False, streamer=streamer
     )
     seconds = time.perf_counter() - start
     answer = output[0, inputs["input_ids"].shape[1] :]
@@ -66,6 +77,7 @@ def run(options: argparse.Namespace) -> None:
         "read_bits": grinqh.read_stats(model).read_bits if len(answer) > 1 else None,
         "stored_bits": grinqh.stored_bits(model),
         "new_tokens": len(answer),
+        "device": str(device),
         "seconds": seconds,
         "tokens_per_s": len(answer) / seconds,
     }

@@ -6,7 +6,18 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from grinqh.cli.common import load_converted, load_tokenizer, numbers, positive, print_json, print_table, shown
+from grinqh.cli.common import (
+    add_device_option,
+    load_converted,
+    load_tokenizer,
+    numbers,
+    positive,
+    print_json,
+    print_table,
+    say_device,
+    shown,
+)
+from grinqh.device import find_device
 from grinqh.texts import EVALUATION_TEXTS_NAME, evaluation_texts, read_text
 
 
@@ -38,6 +49,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--reference-cache", type=Path, metavar="FOLDER", help="keep the reference's log-probabilities here"
     )
+    add_device_option(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
@@ -45,7 +57,8 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Prints a row for each setting of the dial."""
     texts = [read_text(options.text)] if options.text else evaluation_texts()
-    model = load_converted(options.model, options.stored_bits)
+    device = find_device(options.device)
+    model = load_converted(options.model, device, options.stored_bits)
     tokenizer = load_tokenizer(options.model)
     from grinqh.evaluate import Reference, evaluate, token_windows
     from grinqh.source import Source
@@ -54,12 +67,15 @@ def run(options: argparse.Namespace) -> None:
     reference = None
     if options.reference:
         source = Source(options.reference)
-        reference = Reference(source.load_model, options.reference_cache, source.fingerprint())
+        # Sums are rounded in another order on a GPU: its log-probabilities are kept apart.
+        name = source.fingerprint() + ("" if device.type == "cpu" else device.type)
+        reference = Reference(lambda: source.load_model(device=device), options.reference_cache, name)
+    say_device(device)
     scores = evaluate(model, windows, options.bits, reference=reference, grade_rows=options.graded)
 
     text = str(options.text) if options.text else EVALUATION_TEXTS_NAME
     if options.json:
-        settings = {"text": text, "windows": windows.describe(), "graded": options.graded}
+        settings = {"text": text, "windows": windows.describe(), "graded": options.graded, "device": str(device)}
         print_json({"model": str(options.model), **settings, "scores": [score.as_dict() for score in scores]})
         return
     rows = [
