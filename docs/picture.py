@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-WIDTHS = (2, 1, 1, 2, 2)
-COLOURS = ("#08519c", "#2171b5", "#4292c6", "#6baed6", "#9ecae1")
+WIDTHS = (2, 2, 2, 2)  # the default
+COLOURS = ("#08519c", "#2171b5", "#4292c6", "#9ecae1")
 INK, FAINT = "#24292f", "#c9d1d9"
 # The importance of one token's channels, and the thresholds they meet, in units of the tallest bar.
 IMPORTANCE = (0.31, 0.05, 0.58, 0.12, 0.02, 0.95, 0.22, 0.08, 0.40, 0.03, 0.71, 0.16, 0.27, 0.06, 0.10, 0.47)
-THRESHOLDS = (0.09, 0.2, 0.36, 0.52, 0.8)
+THRESHOLDS = (0.09, 0.2, 0.42, 0.8)
 
 
 def rectangle(x: float, y: float, width: float, height: float, fill: str, stroke: str = "none") -> str:
@@ -102,10 +102,10 @@ def main() -> None:
     shapes = [*code_planes(24, 32), *graded_token(440, 32)]
     drawing = "\n".join(
         [
-            '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 920 330" '
+            '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 920 302" '
             'font-family="Helvetica, Arial, sans-serif" role="img" '
             'aria-label="Nested bit planes of a code, and a token whose channels are graded">',
-            '<rect width="920" height="330" rx="8" fill="#ffffff"/>',
+            '<rect width="920" height="302" rx="8" fill="#ffffff"/>',
             *shapes,
             "</svg>",
         ]

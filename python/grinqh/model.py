@@ -197,7 +197,7 @@ def reset_read_stats(model: nn.Module) -> None:
 
 
 def pack_weight(name: str, weight: Tensor, config: GrinqhConfig) -> packing.PackedTensors:
-    """The tensors of the layer of that name, without its bias, on the CPU."""
+    """The tensors of the layer of that name, without its bias, on the weight's device (see `packing.pack_weight`)."""
     format, points = config.format(name), int(config.dial_grid[2])
     return packing.pack_weight(weight, format, name=f"{name}.weight", dial_points=points)
 

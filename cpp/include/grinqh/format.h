@@ -13,7 +13,8 @@
 //                 w_b = gain_b * s * ((2 * t + 1) / 2^b - 1)                    (grade 0 stands for 0)
 //         gain_b is one least-squares scalar for each layer and grade.
 //
-// PLANES  With plane widths 2,1,1,2,2 the code bits are cut like this (bit 7 on the left):
+// PLANES  Models are converted to plane widths 2,2,2,2 unless others are asked for. With 2,1,1,2,2, for example,
+//         the code bits are cut like this (bit 7 on the left):
 //
 //                 bit      7 6 | 5 | 4 | 3 2 | 1 0
 //                 plane     0  | 1 | 2 |  3  |  4        grade g reads planes 0 .. g-1:
