@@ -17,7 +17,7 @@ def find_device(device: str | torch.device | None) -> torch.device:
     found = available_devices()
     name = "cpu" if device is None else str(device)
     if name == "auto":
-        return torch.device(found[min(1, len(found) - 1)])
+        return torch.device(found[1] if len(found) > 1 else "cpu")
     if name == "cuda" and len(found) > 1:
         name = f"cuda:{torch.cuda.current_device()}"
     if name not in found:
