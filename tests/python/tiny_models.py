@@ -5,8 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 import grinqh
 
@@ -39,6 +46,46 @@ def tiny_model(
 
 def qwen3(**settings: Any) -> Any:
     return tiny_model(Qwen3Config, **settings)
+
+
+def llama3(**settings: Any) -> Any:
+    """Rotations of three kinds: kept, mixed and slowed down."""
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    return tiny_model(LlamaConfig, rope_parameters=rope, **settings)
+
+
+def qwen2(**settings: Any) -> Any:
+    """Biases of q, k and v that are not 0, as in trained models."""
+    model = tiny_model(Qwen2Config, **settings)
+    for layer in model.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj"):
+            nn.init.normal_(getattr(layer.self_attn, name).bias, std=0.1)
+    return model
+
+
+def mistral(**settings: Any) -> Any:
+    return tiny_model(MistralConfig, **{"sliding_window": 8} | settings)
+
+
+def smollm(**settings: Any) -> Any:
+    return tiny_model(LlamaConfig, **{"tied": True} | settings)
+
+
+# By the names that the README gives them.
+FAMILIES = {
+    "Llama 3": llama3,
+    "Qwen3": qwen3,
+    "Qwen2.5": qwen2,
+    "Mistral": mistral,
+    "SmolLM": smollm,
+}
 
 
 def token_ids(rows: int = 4, length: int = 64, seed: int = 1) -> Tensor:
