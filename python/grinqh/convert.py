@@ -20,6 +20,7 @@ from grinqh.errors import InputError
 from grinqh.model import packed_bytes, packed_layers, stored_bits
 from grinqh.source import Source
 from grinqh.texts import CALIBRATION_TEXT_NAME, calibration_text, read_text
+from grinqh.unconverted import full_precision
 
 CALIBRATION_TOKENS = 8192
 
@@ -35,6 +36,7 @@ class Conversion:
     stored_bits: float  # of them, per weight, without scales
     packed_bytes: int  # of them, scales and tables included
     total_bytes: int  # of the weight files, with all that stayed at full precision
+    full_precision: list[str]  # the matrices that are not converted: name, number and shape
     calibration: str
     calibration_tokens: int
 
@@ -69,7 +71,8 @@ def convert(
         command: what the model card gives as the command that made it.
 
     Raises:
-        InputError: see `Source`; an `out` that exists or cannot be written; a weight that is NaN or infinite.
+        InputError: see `Source`; an `out` that exists or cannot be written; a weight that is NaN or infinite;
+            experts of a mixture that `config` does not name (see `GrinqhConfig`).
     """
     config = GrinqhConfig() if config is None else config
     checked = Source(source)
@@ -89,6 +92,7 @@ def convert(
             stored_bits=stored_bits(model),
             packed_bytes=packed_bytes(model),
             total_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+            full_precision=full_precision(model),
             calibration=text_name,
             calibration_tokens=report.tokens,
         )
@@ -125,6 +129,7 @@ def _new_folder(out: Path, force: bool) -> Iterator[Path]:
 
 def _model_card(conversion: Conversion, config: GrinqhConfig, command: str) -> str:
     widths = ", ".join(map(str, config.plane_widths))
+    left = "; ".join(f"`{weights}`" for weights in conversion.full_precision)
     used = ", ".join(f"{name} {version}" for name, version in versions().items())
     return f"""---
 library_name: transformers
@@ -151,6 +156,7 @@ grinqh.set_bits(model, 3.0)
 | with | {used} |
 | converted | {conversion.layers} linear layers, {conversion.weights:,} weights |
 | stored bits | {conversion.stored_bits:.3f} per converted weight, in planes of {widths} bits; block {config.block} |
+| at full precision | {left} |
 | size | {conversion.total_bytes / 1e6:,.1f} MB, of which {conversion.packed_bytes / 1e6:,.1f} MB are converted layers |
 | calibration | {conversion.calibration_tokens:,} tokens of {conversion.calibration} |
 

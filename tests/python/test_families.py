@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, calibrated, logits, token_ids
+from tiny_models import FAMILIES, MIXTURES, calibrated, logits, token_ids
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -90,3 +91,10 @@ def test_the_features_that_set_the_families_apart_are_there() -> None:
     assert models["Qwen2.5"].model.layers[0].self_attn.k_proj.bias.abs().min() > 0
     assert models["Mistral"].config.sliding_window < 12  # the shortest prompt above
     assert models["SmolLM"].lm_head.weight is models["SmolLM"].model.embed_tokens.weight
+
+
+def test_the_readme_lists_the_families_that_are_tested() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    table = readme.partition("<!-- families -->")[2].partition("<!-- /families -->")[0]
+    listed = re.findall(r"^\| (\S.*?) +\| `(\w+)`", table, flags=re.MULTILINE)
+    assert listed == [(name, type(make()).__name__) for name, make in (FAMILIES | MIXTURES).items()]

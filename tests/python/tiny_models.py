@@ -10,9 +10,11 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 import grinqh
@@ -86,6 +88,22 @@ FAMILIES = {
     "Mistral": mistral,
     "SmolLM": smollm,
 }
+
+
+def qwen3_moe(**settings: Any) -> Any:
+    """4 experts in each of two blocks."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    return tiny_model(Qwen3MoeConfig, **experts | settings)
+
+
+def mixtral(**settings: Any) -> Any:
+    """4 experts in each of two blocks."""
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32}
+    return tiny_model(MixtralConfig, **experts | settings)
+
+
+# Refused unless their experts are named.
+MIXTURES = {"Qwen3-MoE": qwen3_moe, "Mixtral": mixtral}
 
 
 def token_ids(rows: int = 4, length: int = 64, seed: int = 1) -> Tensor:
