@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import calibrated, logits, qwen3, tiny_model, token_ids
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 import grinqh
 from grinqh import GrinqhConfig, GrinqhLinear, InputError
@@ -152,11 +154,18 @@ def test_embeddings_norms_and_convolutions_need_no_warning() -> None:
     grinqh.quantize_model(nn.ModuleList([nn.Embedding(4, 4), nn.Conv1d(2, 2, 3), nn.LayerNorm(4), Block()]))
 
 
+@pytest.mark.parametrize("while_loading", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_bytes_that_untying_a_head_costs_are_logged(tied: bool, caplog: pytest.LogCaptureFixture) -> None:
-    model = tiny_model(tied=tied)
+def test_the_bytes_that_untying_a_head_costs_are_logged(
+    tied: bool, while_loading: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, config = tiny_model(tied=tied), GrinqhConfig(convert_lm_head=True)
+    model.save_pretrained(tmp_path)
     with caplog.at_level(logging.INFO, logger="grinqh.model"):
-        grinqh.quantize_model(model, GrinqhConfig(convert_lm_head=True))
+        if while_loading:
+            model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+        else:
+            grinqh.quantize_model(model, config)
     size = sum(tensor.nbytes for tensor in model.lm_head.parameters())
     line = f"lm_head: untied, its packed weights take {size:,} bytes of their own"
     assert [record.getMessage() for record in caplog.records if "untied" in record.getMessage()] == [line] * tied
