@@ -91,7 +91,8 @@ class GrinqhConfig(QuantizationConfigMixin):
             numbers by name pattern (see `grinqh.set_bits`).
         exact_budget: whether every token keeps to the budget, instead of tokens on average; default False.
         modules_to_not_convert: name patterns (see `grinqh.config.matches`) of linear layers to leave alone, besides
-            the head.
+            the head; and of the experts of a mixture, which cannot be converted and are refused unless named here, by
+            the parameter (`experts.down_proj`) or its module (`experts`).
         convert_lm_head: whether the output head is converted too. A head tied to the embeddings then gets weights of
             its own.
         overrides: other settings for some layers: {pattern: {"plane_widths" | "block" | "stored_bits": value}}; where

@@ -22,6 +22,7 @@ from grinqh.errors import InputError
 from grinqh.model import packed_bytes, packed_layers, stored_bits
 from grinqh.source import Source
 from grinqh.texts import CALIBRATION_TEXT_NAME, calibration_text, read_text
+from grinqh.unconverted import full_precision
 
 CALIBRATION_TOKENS = 8192
 
@@ -37,6 +38,7 @@ class Conversion:
     stored_bits: float  # of them, per weight, without scales
     packed_bytes: int  # of them, scales and tables included
     total_bytes: int  # of the weight files, with all that stayed at full precision
+    full_precision: list[str]  # the matrices that are not converted: name, number and shape
     calibration: str
     calibration_tokens: int
     device: str  # where it was converted and calibrated
@@ -78,7 +80,7 @@ def convert(
 
     Raises:
         InputError: see `Source`; a device that is not there; an `out` that exists or cannot be written; a weight that
-            is NaN or infinite.
+            is NaN or infinite; experts of a mixture that `config` does not name (see `GrinqhConfig`).
     """
     config = GrinqhConfig() if config is None else config
     device = find_device(device)
@@ -102,6 +104,7 @@ def convert(
             stored_bits=stored_bits(model),
             packed_bytes=packed_bytes(model),
             total_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+            full_precision=full_precision(model),
             calibration=text_name,
             calibration_tokens=report.tokens,
             device=str(device),
@@ -146,6 +149,7 @@ def _make_weights_as_readable_as(other: Path, folder: Path) -> None:
 
 def _model_card(conversion: Conversion, config: GrinqhConfig, command: str) -> str:
     widths = ", ".join(map(str, config.plane_widths))
+    left = "; ".join(f"`{weights}`" for weights in conversion.full_precision)
     used = ", ".join(f"{name} {version}" for name, version in versions().items())
     return f"""---
 library_name: transformers
@@ -172,6 +176,7 @@ grinqh.set_bits(model, 3.0)
 | with | {used} |
 | converted | {conversion.layers} linear layers, {conversion.weights:,} weights |
 | stored bits | {conversion.stored_bits:.3f} per converted weight, in planes of {widths} bits; block {config.block} |
+| at full precision | {left} |
 | size | {conversion.total_bytes / 1e6:,.1f} MB, of which {conversion.packed_bytes / 1e6:,.1f} MB are converted layers |
 | calibration | {conversion.calibration_tokens:,} tokens of {conversion.calibration} |
 

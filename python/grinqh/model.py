@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import re
 import sys
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from grinqh import packing
 from grinqh.config import GrinqhConfig, check_patterns, matches
 from grinqh.errors import InputError
 from grinqh.linear import GrinqhLinear
+from grinqh.unconverted import check_unconverted, named, other_weights
 
 logger = logging.getLogger(__name__)
 
@@ -43,26 +42,30 @@ def quantize_model(model: Model, config: GrinqhConfig | None = None, *, progress
         The model.
 
     Raises:
-        InputError: nothing to convert, a pattern that matches nothing, or a weight that is NaN, infinite or no float,
-            by name; the model is then unchanged.
+        InputError: nothing to convert, a pattern that matches nothing, experts that cannot be converted and are not
+            named (see `GrinqhConfig`), or a weight that is NaN, infinite or no float, by name; the model is then
+            unchanged.
 
     Warns:
-        UserWarning: parameters that look like weights of linear layers and cannot be converted, by name.
+        UserWarning: other matrices that cannot be converted and are not named, by name.
     """
     config = GrinqhConfig() if config is None else config
     layers = linear_layers(model, config)
+    check_unconverted(model, config)
     for name, linear in layers.items():
         packing.check_weight(f"{name}.weight", linear.weight)
         if linear.bias is not None and not torch.isfinite(linear.bias).all():
             raise InputError(f"{name}.bias holds NaN or infinity, must be finite")
-    warn_of_unconverted(model, layers)
 
+    shared = shared_weights(model)
     converted: dict[int, GrinqhLinear] = {}
     for name in tqdm(list(layers), desc="quantize", unit="layer", file=sys.stderr, disable=None if progress else True):
         linear = layers.pop(name)
         if id(linear) not in converted:  # else: a layer that the model uses under several names
             tensors = pack_weight(name, linear.weight, config)
             converted[id(linear)] = packed_layer(name, linear, tensors, config, linear.weight.device)
+            if id(linear.weight) in shared:
+                log_untied(name, converted[id(linear)])
         model.set_submodule(name, converted[id(linear)])
     record_config(model, config)
     return model
@@ -86,7 +89,9 @@ def linear_layers(model: nn.Module, config: GrinqhConfig, *, check: bool = True)
         if type(module) is nn.Linear  # not a subclass: its forward may do something else
     }
     if check:
-        check_patterns("modules_to_not_convert", config.modules_to_not_convert or [], linears)
+        others = [name for name, _ in other_weights(model)]  # may be named, too: they are left alone anyway
+        patterns = [p for p in config.modules_to_not_convert or [] if not any(named(p, name) for name in others)]
+        check_patterns("modules_to_not_convert", patterns, linears)
         check_patterns("overrides", config.overrides, linears)
     left_alone = set() if config.convert_lm_head else output_heads(model)
     chosen = {
@@ -141,8 +146,12 @@ def weighted_mean(layers: Iterable[GrinqhLinear], values: Iterable[float]) -> fl
 
 def packed_bytes(model: nn.Module) -> int:
     """Bytes of all tensors of the packed layers, scales, tables and biases included."""
-    layers = packed_layers(model).values()
-    return sum(tensor.numel() * tensor.element_size() for layer in layers for tensor in layer.parameters())
+    return sum(layer_bytes(layer) for layer in packed_layers(model).values())
+
+
+def layer_bytes(layer: GrinqhLinear) -> int:
+    """Bytes of all tensors of one packed layer."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in layer.parameters())
 
 
 @contextmanager
@@ -224,34 +233,28 @@ def output_heads(model: nn.Module) -> set[str]:
     head = find() if find else None
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     tied_names = {name.removesuffix(".weight") for name in [*tied.keys(), *tied.values()]}
-    owners: dict[int, set[int]] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), set()).add(id(module))
+    shared = shared_weights(model)
     heads = set()
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Linear):
-            shared = len(owners[id(module.weight)]) > 1
-            if module is head or name in tied_names or shared or name.rpartition(".")[2] == "lm_head":
+            is_shared = id(module.weight) in shared
+            if module is head or name in tied_names or is_shared or name.rpartition(".")[2] == "lm_head":
                 heads.add(name)
     return heads
 
 
-def warn_of_unconverted(model: nn.Module, layers: dict[str, nn.Linear]) -> None:
-    """Names the matrices and stacks of matrices (the experts of a mixture, say) that stay as they are.
+def shared_weights(model: nn.Module) -> set[int]:
+    """The `id` of each parameter that several modules share."""
+    owners: dict[int, set[int]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), set()).add(id(module))
+    return {parameter for parameter, modules in owners.items() if len(modules) > 1}
 
-    Linear layers that the config leaves alone, embeddings and convolutions are not meant.
-    """
-    names: dict[str, list[int]] = {}
-    for module_name, module in model.named_modules():
-        if type(module) is nn.Linear or isinstance(module, nn.Embedding | nn.modules.conv._ConvNd):
-            continue
-        for name, parameter in module.named_parameters(module_name, recurse=False):
-            if parameter.ndim >= 2 and min(parameter.shape[-2:]) > 1:
-                names.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(parameter.numel())
-    if names:
-        listed = "; ".join(f"{name} ({len(sizes)} of {sizes[0]:,} values)" for name, sizes in names.items())
-        warnings.warn(f"left in full precision, only torch.nn.Linear is converted: {listed}", stacklevel=3)
+
+def log_untied(name: str, layer: GrinqhLinear) -> None:
+    """Logs what it costs that a layer no longer shares its weight with another module."""
+    logger.info("%s: untied, its packed weights take %s bytes of their own", name, f"{layer_bytes(layer):,}")
 
 
 def record_config(model: nn.Module, config: GrinqhConfig) -> None:

@@ -11,13 +11,15 @@ from grinqh.config import GrinqhConfig
 from grinqh.linear import GrinqhLinear
 from grinqh.model import (
     linear_layers,
+    log_untied,
     output_heads,
     pack_weight,
     packed_layer,
     record_config,
-    warn_of_unconverted,
+    shared_weights,
 )
 from grinqh.packing import PackedTensors
+from grinqh.unconverted import check_unconverted
 
 
 class LinearToPack(nn.Linear):
@@ -52,10 +54,10 @@ def expect_weights(model: nn.Module, config: GrinqhConfig) -> None:
     Heads are left for `pack_rest`: one that is tied has no weight of its own in the files.
 
     Raises:
-        InputError: nothing to convert, or a pattern that matches nothing.
+        InputError: nothing to convert, a pattern that matches nothing, or experts (see `check_unconverted`).
     """
     layers = linear_layers(model, config)
-    warn_of_unconverted(model, layers)
+    check_unconverted(model, config)
     for name in layers.keys() - output_heads(model):
         model.set_submodule(name, LinearToPack(name, layers[name], config))
 
@@ -65,7 +67,10 @@ def pack_rest(model: nn.Module, config: GrinqhConfig) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, LinearToPack):
             model.set_submodule(name, module.finished())
+    shared = shared_weights(model)
     for name, linear in linear_layers(model, config, check=False).items():
-        tensors = pack_weight(name, linear.weight, config)
-        model.set_submodule(name, packed_layer(name, linear, tensors, config, linear.weight.device))
+        layer = packed_layer(name, linear, pack_weight(name, linear.weight, config), config, linear.weight.device)
+        model.set_submodule(name, layer)
+        if id(linear.weight) in shared:
+            log_untied(name, layer)
     record_config(model, config)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import calibrated, logits, qwen3, tiny_model, token_ids
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 import grinqh
 from grinqh import GrinqhConfig, GrinqhLinear, InputError
@@ -25,13 +27,14 @@ class Block(nn.Module):
         return x + self.down(self.up(x))
 
 
-class Experts(nn.Module):
-    """A mixture's experts as one parameter, which no conversion of nn.Linear finds."""
+class Router(nn.Module):
+    """A matrix that no conversion of nn.Linear finds, and a stack of one, which is a matrix too."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.router = nn.Linear(8, 2)
-        self.gate_up_proj = nn.Parameter(torch.zeros(2, 8, 24))
+        self.up = nn.Linear(8, 12)
+        self.weight = nn.Parameter(torch.zeros(4, 8))
+        self.positions = nn.Parameter(torch.zeros(1, 6, 8))
 
 
 def packed_names(model: nn.Module) -> set[str]:
@@ -132,16 +135,40 @@ def test_a_model_without_anything_to_convert_is_refused() -> None:
         grinqh.quantize_model(model)
 
 
-def test_stacked_experts_are_named_in_a_warning() -> None:
-    model = nn.ModuleList([Experts(), Experts()])
-    with pytest.warns(UserWarning, match=r"full precision.*: \*?\.?.*gate_up_proj \(.*384 values\)"):
+def test_other_matrices_are_named_in_a_warning() -> None:
+    model = nn.ModuleList([Router(), Router()])
+    left = r"\*\.weight \(2 of shape \[4, 8\]\); \*\.positions \(2 of shape \[1, 6, 8\]\)$"
+    with pytest.warns(UserWarning, match=f"left at full precision, .*: {left}"):
         grinqh.quantize_model(model)
-    assert packed_names(model) == {"0.router", "1.router"}
+    assert packed_names(model) == {"0.up", "1.up"}
+
+
+def test_matrices_that_are_named_need_no_warning() -> None:
+    # Warnings are errors here.
+    config = GrinqhConfig(modules_to_not_convert=["0.weight", "1", "positions"])
+    grinqh.quantize_model(nn.ModuleList([Router(), Router()]), config)
 
 
 def test_embeddings_norms_and_convolutions_need_no_warning() -> None:
     # Warnings are errors here.
     grinqh.quantize_model(nn.ModuleList([nn.Embedding(4, 4), nn.Conv1d(2, 2, 3), nn.LayerNorm(4), Block()]))
+
+
+@pytest.mark.parametrize("while_loading", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_bytes_that_untying_a_head_costs_are_logged(
+    tied: bool, while_loading: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, config = tiny_model(tied=tied), GrinqhConfig(convert_lm_head=True)
+    model.save_pretrained(tmp_path)
+    with caplog.at_level(logging.INFO, logger="grinqh.model"):
+        if while_loading:
+            model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+        else:
+            grinqh.quantize_model(model, config)
+    size = sum(tensor.nbytes for tensor in model.lm_head.parameters())
+    line = f"lm_head: untied, its packed weights take {size:,} bytes of their own"
+    assert [record.getMessage() for record in caplog.records if "untied" in record.getMessage()] == [line] * tied
 
 
 def test_every_layer_is_logged_with_its_error_at_each_grade(caplog: pytest.LogCaptureFixture) -> None:

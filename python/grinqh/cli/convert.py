@@ -36,7 +36,7 @@ def add_parser(commands: Any) -> None:
         nargs="+",
         action="extend",
         metavar="PATTERN",
-        help="leave these layers alone: down_proj, 'model.layers.0.*'",
+        help="leave these layers alone: down_proj, 'model.layers.0.*'; experts",
     )
     parser.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of what is not converted"
@@ -82,6 +82,7 @@ def run(options: argparse.Namespace) -> None:
         return
     print(f"{made.out}: {made.layers} layers, {made.weights:,} weights at {made.stored_bits:.3f} stored bits,")
     print(f"{made.total_bytes / 1e6:,.1f} MB in all, {made.packed_bytes / 1e6:,.1f} MB of them converted layers")
+    print(f"at full precision: {'; '.join(made.full_precision)}")
 
 
 def _widths(text: str) -> list[int]:
