@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from grinqh.loading import from_pretrained
     from grinqh.model import (
         ReadStats,
+        TokenReads,
         count_reads,
         graded,
         packed_bytes,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         read_stats,
         reset_read_stats,
         stored_bits,
+        token_reads,
     )
 
 _MODULES = {
@@ -36,6 +38,7 @@ _MODULES = {
     "loading": ("from_pretrained",),
     "model": (
         "ReadStats",
+        "TokenReads",
         "count_reads",
         "graded",
         "packed_bytes",
@@ -44,6 +47,7 @@ _MODULES = {
         "read_stats",
         "reset_read_stats",
         "stored_bits",
+        "token_reads",
     ),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
@@ -56,6 +60,7 @@ __all__ = [
     "InputError",
     "LayerFormat",
     "ReadStats",
+    "TokenReads",
     "calibrate",
     "count_reads",
     "dial_table",
@@ -68,6 +73,7 @@ __all__ = [
     "reset_read_stats",
     "set_bits",
     "stored_bits",
+    "token_reads",
 ]
 
 
