@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         stored_bits,
         token_reads,
     )
+    from grinqh.schedule import BitsSchedule
 
 _MODULES = {
     "calibration": ("CalibrationReport", "calibrate"),
@@ -49,10 +50,12 @@ _MODULES = {
         "stored_bits",
         "token_reads",
     ),
+    "schedule": ("BitsSchedule",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
+    "BitsSchedule",
     "CalibrationReport",
     "DialTable",
     "GrinqhConfig",
