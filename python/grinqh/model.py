@@ -176,13 +176,38 @@ class ReadStats:
     layers: dict[str, float]  # the same of each layer that saw a row
 
 
-def count_reads(model: nn.Module, enabled: bool = True) -> None:
+@dataclass(frozen=True)
+class TokenReads:
+    """What single tokens read: graded rows, oldest first."""
+
+    read_bits: Tensor  # float64 [rows]: mean bits per weight, over weights
+    layers: dict[str, Tensor]  # float64 [rows]: the same of each layer that saw a row
+
+
+def count_reads(model: nn.Module, enabled: bool = True, *, keep_tokens: int = 0) -> None:
     """Switches the counting of read bits on or off.
 
     Counts are summed on the layers' device. Only graded rows count: prefill, which reads everything, does not.
+
+    Args:
+        model: a converted model.
+        enabled: whether to count; what was counted stays when counting stops.
+        keep_tokens: if above 0, counting begins anew and the bits of so many of the last rows are kept one by one,
+            for `token_reads`: 4 bytes a row in each layer, on its device.
+
+    Raises:
+        InputError: `keep_tokens` is no integer of at least 0, or the model has no packed layers.
     """
+    if not isinstance(keep_tokens, int) or isinstance(keep_tokens, bool) or keep_tokens < 0:
+        raise InputError(f"keep_tokens is {keep_tokens!r}, must be an integer of at least 0")
     for layer in packed_layers(model).values():
         layer.count_reads = enabled
+        if enabled and not keep_tokens:
+            layer.read_log = None
+        elif keep_tokens:
+            layer.read_total.zero_()
+            if layer.read_log is None or len(layer.read_log) != keep_tokens:
+                layer.read_log = layer.thresholds.new_zeros(keep_tokens)
 
 
 def read_stats(model: nn.Module) -> ReadStats:
@@ -197,6 +222,33 @@ def read_stats(model: nn.Module) -> ReadStats:
     if not bits:
         raise InputError("no rows were counted: call grinqh.count_reads(model) before running the model")
     return ReadStats(weighted_mean([layers[name] for name in bits], bits.values()), bits)
+
+
+def token_reads(model: nn.Module) -> TokenReads:
+    """Read bits of single rows since `count_reads(model, keep_tokens=..)` or `reset_read_stats`, on the CPU.
+
+    These are the last `keep_tokens` rows if there were more. A step of a batch gives one row for each sequence, in
+    their order. A converted output head sees only the last token of a prompt: its rows are paired with those of
+    the other layers from the newest back, and older ones are left out.
+
+    Raises:
+        InputError: nothing was kept, or layers besides the head saw different rows (experts, say).
+    """
+    layers = packed_layers(model)
+    kept = {name: layer.read_log for name, layer in layers.items() if layer.read_log is not None}
+    counted = {name: int(layers[name].read_total[1]) for name in kept}
+    counted = {name: rows for name, rows in counted.items() if rows > 0}
+    if not counted:
+        raise InputError("no rows were kept: call grinqh.count_reads(model, keep_tokens=..) before running the model")
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    seen = {rows: name for name, rows in counted.items() if layers[name] is not head}
+    if len(seen) > 1:
+        listed = ", ".join(f"{name} saw {rows}" for rows, name in seen.items())
+        raise InputError(f"layers saw different numbers of rows, which have no mean row by row: {listed}")
+    rows = min(min(rows, len(kept[name])) for name, rows in counted.items())
+    bits = {name: kept[name][-rows:].to("cpu", torch.float64) for name in counted}
+    weights = torch.tensor([layers[name].weights for name in bits], dtype=torch.float64)
+    return TokenReads(weights @ torch.stack(list(bits.values())) / weights.sum(), bits)
 
 
 def reset_read_stats(model: nn.Module) -> None:
