@@ -55,7 +55,7 @@ class DecodeStep:
     def __init__(self, model: Any, batch: int, forward: Callable[..., Any] | None = None) -> None:
         device, vocabulary = next(model.parameters()).device, model.config.vocab_size
         generator = torch.Generator(device).manual_seed(batch)
-        self.forward = forward or model
+        self.forward = model if forward is None else forward
         self.tokens = torch.randint(vocabulary, (TOKENS, batch, 1), device=device, generator=generator)
         self.ids = self.tokens[0].clone()
         self.positions = torch.full((batch, 1), POSITION, device=device)
@@ -114,7 +114,7 @@ def decode_rows(model: Any, method: Method, batches: Sequence[int], mode: str) -
     forward = torch.compile(model, dynamic=False) if mode == "compiled" else None
     for batch in batches:
         step = DecodeStep(model, batch, forward)
-        counted = DecodeStep(model, batch) if forward else step  # compiled code does not count
+        counted = step if forward is None else DecodeStep(model, batch)  # compiled code does not count
         before = Replay.captures
         replay = Replay(step)
         for bits in method.bits:
@@ -130,7 +130,7 @@ def decode_rows(model: Any, method: Method, batches: Sequence[int], mode: str) -
                 "tokens_per_s": batch / ms * 1e3,
                 "captures": Replay.captures - before,
             }
-    if forward:
+    if forward is not None:
         torch.compiler.reset()
 
 

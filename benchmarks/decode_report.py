@@ -110,6 +110,8 @@ def plot(results: dict[str, Any], to: Path) -> None:
 
 
 def write_report(results: dict[str, Any], docs: Path) -> None:
-    """Replaces the generated part of docs/decode.md and draws docs/decode.png."""
+    """Replaces the generated part of docs/decode.md and draws docs/decode.png; models must be of full size."""
+    if results["tiny"] or results["layers"]:
+        raise ValueError("the documentation shows models of full size, these results are of smaller ones")
     replace_between_markers(docs / "decode.md", "decode-tables", tables(results))
     plot(results, docs / "decode.png")

@@ -107,6 +107,8 @@ def handmade() -> dict[str, Any]:
         "date": "2026-01-01",
         "cache_length": 1024,
         "position": 512,
+        "tiny": False,
+        "layers": None,
         "decode": [
             decode_row("float16", 16, 1, 100),
             decode_row("float16", 16, 2, 190),
@@ -144,3 +146,5 @@ def test_the_report_fills_the_page_and_draws_the_picture(modules: dict[str, Any]
     modules["decode_report"].write_report(handmade(), tmp_path)
     assert "250 (2.50x)" in page.read_text(encoding="utf-8")
     assert (tmp_path / "decode.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="full size"):
+        modules["decode_report"].write_report(handmade() | {"layers": 2}, tmp_path)
