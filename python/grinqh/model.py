@@ -18,6 +18,7 @@ from tqdm import tqdm
 from grinqh import packing
 from grinqh.config import GrinqhConfig, check_patterns, matches
 from grinqh.errors import InputError
+from grinqh.fusion import fuse_linears
 from grinqh.linear import GrinqhLinear
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,8 @@ def quantize_model(model: Model, config: GrinqhConfig | None = None, *, progress
         if linear.bias is not None and not torch.isfinite(linear.bias).all():
             raise InputError(f"{name}.bias holds NaN or infinity, must be finite")
     warn_of_unconverted(model, layers)
+    if config.fuse:
+        fuse_linears(model, config, layers)
 
     converted: dict[int, GrinqhLinear] = {}
     for name in tqdm(list(layers), desc="quantize", unit="layer", file=sys.stderr, disable=None if progress else True):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from grinqh.config import GrinqhConfig
+from grinqh.fusion import fuse_linears, groups
 from grinqh.linear import GrinqhLinear
 from grinqh.model import (
     linear_layers,
@@ -56,7 +57,9 @@ def expect_weights(model: nn.Module, config: GrinqhConfig) -> None:
     """
     layers = linear_layers(model, config)
     warn_of_unconverted(model, layers)
-    for name in layers.keys() - output_heads(model):
+    # What is to be fused is loaded whole: the parts come from the files one by one.
+    parts = {name for group in groups(model, config, layers) for name in group.names} if config.fuse else set()
+    for name in layers.keys() - output_heads(model) - parts:
         model.set_submodule(name, LinearToPack(name, layers[name], config))
 
 
@@ -65,7 +68,11 @@ def pack_rest(model: nn.Module, config: GrinqhConfig) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, LinearToPack):
             model.set_submodule(name, module.finished())
-    for name, linear in linear_layers(model, config, check=False).items():
+    layers = linear_layers(model, config, check=False)
+    if config.fuse:
+        fuse_linears(model, config, layers)
+    for name in list(layers):
+        linear = layers.pop(name)
         tensors = pack_weight(name, linear.weight, config)
         model.set_submodule(name, packed_layer(name, linear, tensors, config, linear.weight.device))
     record_config(model, config)
