@@ -52,11 +52,11 @@ def use_int4(head: bool) -> Callable[[Any], None]:
     return convert
 
 
-def use_grinqh(head: bool) -> Callable[[Any], None]:
+def use_grinqh(head: bool, fuse: bool = False) -> Callable[[Any], None]:
     """Converted and calibrated on random tokens, so that the dial is that of the random model's own activations."""
 
     def convert(model: Any) -> None:
-        grinqh.quantize_model(model, grinqh.GrinqhConfig(convert_lm_head=head), progress=False)
+        grinqh.quantize_model(model, grinqh.GrinqhConfig(convert_lm_head=head, fuse=fuse), progress=False)
         generator = torch.Generator().manual_seed(1)
         shape = (CALIBRATION_TOKENS // CALIBRATION_LENGTH, 1, CALIBRATION_LENGTH)
         ids = torch.randint(model.config.vocab_size, shape, generator=generator)
@@ -71,4 +71,8 @@ METHODS = [
     Method("tinygemm int4, head too", torch.bfloat16, (4.0,), use_int4(head=True)),
     Method("grinqh", torch.float16, DIAL, use_grinqh(head=False), dial=True),
     Method("grinqh, head too", torch.float16, DIAL, use_grinqh(head=True), dial=True),
+]
+FUSED_METHODS = [
+    Method("grinqh, fused", torch.float16, DIAL, use_grinqh(head=False, fuse=True), dial=True),
+    Method("grinqh, fused, head too", torch.float16, DIAL, use_grinqh(head=True, fuse=True), dial=True),
 ]

@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("transformers")
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+FUSED = ("grinqh, fused", "grinqh, fused, head too")
 TINY = ["--tiny", "--models", "qwen3-8b", "--batches", "1", "2", "--prefill", "32"]
 
 
@@ -72,16 +73,27 @@ def test_int4_codes_are_within_half_a_step(modules: dict[str, Any]) -> None:
 def test_a_whole_run_on_a_tiny_model(
     modules: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    options = [*TINY, "--methods", "float16", "tinygemm int4", "grinqh", "--json", str(tmp_path / "results.json")]
+    options = [
+        *TINY,
+        "--methods",
+        "float16",
+        "tinygemm int4",
+        "grinqh",
+        "--fuse",
+        "--json",
+        str(tmp_path / "results.json"),
+    ]
     results = modules["decode"].run(modules["decode"].parse_arguments(options))
     assert (tmp_path / "results.json").exists()
     if not torch.cuda.is_available():
         assert "tinygemm int4" in capsys.readouterr().err
-        assert {row["method"] for row in results["decode"]} == {"float16", "grinqh"}
+        assert {row["method"] for row in results["decode"]} == {"float16", "grinqh", *FUSED}
     own = [row for row in results["decode"] if row["method"] == "grinqh" and row["batch"] == 1]
     assert [row["bits"] for row in own] == list(modules["decode_methods"].DIAL)
     assert all(abs(row["read_bits"] / row["bits"] - 1) < 0.2 for row in own)
-    assert {row["launches"] for row in results["parts"]} == {15}
+    launches = {row["method"]: row["launches"] for row in results["parts"]}
+    assert launches["grinqh"] == launches["float16"] == 15
+    assert [launches[method] for method in FUSED] == [9, 9]
     assert modules["decode_report"].tables(results).count("### qwen3-8b") == 1
 
 
