@@ -199,13 +199,29 @@ def test_save_and_load_are_bit_equal(make: Any, tmp_path: Path) -> None:
     assert grinqh.stored_bits(smaller) == 4
 
 
-def test_a_model_is_fused_while_it_is_loaded(tmp_path: Path) -> None:
-    tiny_model().save_pretrained(tmp_path)
-    config = GrinqhConfig(fuse=True)
+@pytest.mark.parametrize("make", MODELS)
+def test_a_model_is_fused_while_it_is_loaded(make: Any, tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    config = GrinqhConfig(fuse=True, convert_lm_head=True)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
-    converted = grinqh.quantize_model(tiny_model(), GrinqhConfig(fuse=True), progress=False)
-    assert set(grinqh.packed_layers(loaded)) == NAMES
+    converted = grinqh.quantize_model(
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path), copy.deepcopy(config), progress=False
+    )
+    assert set(grinqh.packed_layers(loaded)) == NAMES | {"lm_head"}
+    assert loaded.state_dict().keys() == converted.state_dict().keys()
     assert torch.equal(logits(loaded), logits(converted))
+
+
+def test_a_bad_weight_is_named_while_a_model_is_loaded(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.model.layers[1].self_attn.v_proj.weight.data[3, 4] = torch.nan
+    model.save_pretrained(tmp_path)
+    config = GrinqhConfig(fuse=True)
+    with pytest.raises(grinqh.InputError, match=r"layers\.1\.self_attn\.v_proj\.weight holds 1 value"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    with pytest.raises(grinqh.InputError, match=r"layers\.1\.self_attn\.v_proj\.weight holds 1 value"):
+        grinqh.quantize_model(model, config, progress=False)
+    assert isinstance(model.model.layers[0].mlp.up_proj, nn.Linear)  # unchanged
 
 
 def test_the_dial_reads_what_it_is_asked_for() -> None:
