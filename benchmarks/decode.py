@@ -25,7 +25,7 @@ import torch
 from common import ROOT, stamp, write_json
 from decode_methods import FUSED_METHODS, METHODS, Method
 from decode_models import CONFIGS, build_model, model_config
-from decode_report import write_report
+from decode_report import LISTS, together, write_report
 from replay import Replay, median_milliseconds
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -40,7 +40,6 @@ CACHE_LENGTH = 1024
 POSITION = 512  # tokens in the cache before the timed step
 TOKENS = 8  # different tokens that the timed step is given in turn
 HEAD_CALLS = 5  # of the head in one graph: a single one is short
-LISTS = ("decode", "parts", "prefill", "memory")  # of rows in the results
 
 
 class DecodeStep:
@@ -261,7 +260,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     names = [method.name for method in METHODS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the results here")
-    parser.add_argument("--report", type=Path, help="write docs/decode.md from these results, time nothing")
+    parser.add_argument("--report", type=Path, nargs="+", help="write docs/decode.md from these results, time nothing")
     parser.add_argument("--models", nargs="*", default=list(CONFIGS), choices=list(CONFIGS))
     parser.add_argument("--methods", nargs="*", default=names, choices=names)
     parser.add_argument("--batches", type=int, nargs="*", default=list(BATCHES))
@@ -276,7 +275,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main() -> None:
     options = parse_arguments()
     if options.report:
-        write_report(json.loads(options.report.read_text(encoding="utf-8")), ROOT / "docs")
+        runs = [json.loads(path.read_text(encoding="utf-8")) for path in options.report]
+        write_report(together(runs), ROOT / "docs")
     else:
         run(options)
 

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from common import markdown_table, replace_between_markers
 
 Rows = list[dict[str, Any]]
+LISTS = ("decode", "parts", "prefill", "memory")  # of rows in the results
 DENSE = "float16"
 PARTS = ("linears_ms", "head_ms", "rest_ms")
+
+
+def together(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The rows of several runs, of one commit on one kind of GPU, as if they were of one run."""
+    first = runs[0]
+    for run in runs[1:]:
+        for key in ("gpu", "commit", "versions", "cache_length", "position", "tiny", "layers"):
+            if run[key] != first[key]:
+                raise ValueError(f"the runs differ in {key}: {first[key]} and {run[key]}")
+    return first | {kind: [row for run in runs for row in run[kind]] for kind in LISTS}
 
 
 def setting(row: dict[str, Any]) -> str:

@@ -152,6 +152,16 @@ def test_tables_show_ratios_to_float16(modules: dict[str, Any]) -> None:
     assert ["float16", "30.0", "16.1", "17.2"] in lines
 
 
+def test_runs_of_one_commit_are_shown_together(modules: dict[str, Any]) -> None:
+    together = modules["decode_report"].together
+    other = handmade() | {"decode": [decode_row("float16", 16, 1, 90) | {"model": "qwen3-8b"}]}
+    both = together([handmade(), other])
+    assert len(both["decode"]) == 7
+    assert modules["decode_report"].tables(both).count("\n### ") == 2
+    with pytest.raises(ValueError, match="differ in commit: abc and def"):
+        together([handmade(), other | {"commit": "def"}])
+
+
 def test_the_report_fills_the_page_and_draws_the_picture(modules: dict[str, Any], tmp_path: Path) -> None:
     page = tmp_path / "decode.md"
     page.write_text((BENCHMARKS.parent / "docs" / "decode.md").read_text(encoding="utf-8"), encoding="utf-8")
