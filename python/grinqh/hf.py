@@ -21,6 +21,7 @@ from grinqh.checkpoint import read_specs
 from grinqh.config import QUANT_METHOD, GrinqhConfig
 from grinqh.dial import restore_dial
 from grinqh.errors import InputError
+from grinqh.fusion import fuse_linears
 from grinqh.linear import GrinqhLinear
 from grinqh.model import linear_layers, packed_layers
 from grinqh.packing import TensorSpec
@@ -50,6 +51,8 @@ class GrinqhQuantizer(HfQuantizer):
             expect_weights(model, config)
             return
         layers = linear_layers(model, config, check=False)
+        if config.fuse:
+            fuse_linears(model, config, layers)
         found = _find_packed(model, layers, _read_checkpoint(checkpoint_files))
         for name, linear in layers.items():
             bias = linear.bias is not None

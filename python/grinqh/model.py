@@ -16,6 +16,7 @@ from tqdm import tqdm
 from grinqh import packing
 from grinqh.config import GrinqhConfig, check_patterns, matches
 from grinqh.errors import InputError
+from grinqh.fusion import fuse_linears
 from grinqh.linear import GrinqhLinear
 from grinqh.unconverted import check_unconverted, named, other_weights
 
@@ -56,6 +57,8 @@ def quantize_model(model: Model, config: GrinqhConfig | None = None, *, progress
         packing.check_weight(f"{name}.weight", linear.weight)
         if linear.bias is not None and not torch.isfinite(linear.bias).all():
             raise InputError(f"{name}.bias holds NaN or infinity, must be finite")
+    if config.fuse:
+        fuse_linears(model, config, layers)
 
     shared = shared_weights(model)
     converted: dict[int, GrinqhLinear] = {}
