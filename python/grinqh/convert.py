@@ -18,6 +18,7 @@ from grinqh.calibration import calibrate
 from grinqh.config import GrinqhConfig
 from grinqh.errors import InputError
 from grinqh.model import packed_bytes, packed_layers, stored_bits
+from grinqh.shards import shard_bytes
 from grinqh.source import Source
 from grinqh.texts import CALIBRATION_TEXT_NAME, calibration_text, read_text
 
@@ -51,6 +52,7 @@ def convert(
     calibration: str | Path | None = None,
     calibration_tokens: int = CALIBRATION_TOKENS,
     dtype: torch.dtype | str = "auto",
+    max_shard_size: int | str | None = None,
     force: bool = False,
     command: str = "grinqh.convert",
 ) -> Conversion:
@@ -65,12 +67,15 @@ def convert(
         calibration: a UTF-8 text file; None for the help topics of Python.
         calibration_tokens: how much of it to use, about.
         dtype: of what stays at full precision; "auto" for the source's own.
+        max_shard_size: bytes of a weight file at most, as a number or as "5GB"; None for transformers' own.
         force: replace a converted model that is there already.
         command: what the model card gives as the command that made it.
 
     Raises:
-        InputError: see `Source`; an `out` that exists or cannot be written; a weight that is NaN or infinite.
+        InputError: see `Source`; an `out` that exists or cannot be written; a weight that is NaN or infinite; a
+            `max_shard_size` that is no size.
     """
+    shards = {} if max_shard_size is None else {"max_shard_size": shard_bytes(max_shard_size)}
     config = GrinqhConfig() if config is None else config
     checked = Source(source)
     text = calibration_text() if calibration is None else read_text(calibration)
@@ -78,7 +83,7 @@ def convert(
     with _new_folder(Path(out), force) as folder:
         model = checked.load_quantized(config, dtype)
         report = calibrate(model, text, checked.tokenizer, max_tokens=calibration_tokens)
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, **shards)
         checked.copy_companions(folder)
         layers = packed_layers(model).values()
         conversion = Conversion(

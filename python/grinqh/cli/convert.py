@@ -41,6 +41,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of what is not converted"
     )
+    parser.add_argument(
+        "--max-shard-size", metavar="SIZE", help="of a weight file, as 5GB (default: transformers' own)"
+    )
     parser.add_argument("--force", action="store_true", help="replace a model folder at OUT")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
@@ -68,6 +71,7 @@ def run(options: argparse.Namespace) -> None:
         config,
         calibration=options.calibration,
         dtype=options.dtype,
+        max_shard_size=options.max_shard_size,
         force=options.force,
         command=options.command_line,
         **amount,
