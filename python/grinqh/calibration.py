@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 # A layer on whose outputs the loss does not depend at all gets this part of the mean sensitivity.
 LEAST_SENSITIVITY = 2.0**-20
+ROWS_AT_ONCE = 256  # input channels that are in memory in double precision
 
 
 @dataclass(frozen=True)
@@ -269,7 +270,8 @@ def _sort(layer: GrinqhLinear, mean_square: Tensor) -> None:
     """Puts the stored channels in order of mean square times column energy, unless some are left out already."""
     if any(channels < layer.in_features for channels in layer.stored_channels):
         return
-    importance = mean_square * layer.dense().double().square().sum(1).cpu()  # by input feature
+    energy = [rows.double().square().sum(1) for rows in layer.dense().split(ROWS_AT_ONCE)]
+    importance = mean_square * torch.cat(energy).cpu()  # by input feature
     stored = importance[layer.channel_order.long().cpu()]
     order = stored.argsort(descending=True, stable=True).to(layer.gain.device)
     layer.set_packed(packing.sort_channels(layer.tensors, order), layer.format)

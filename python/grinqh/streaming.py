@@ -9,6 +9,7 @@ from torch import nn
 
 from grinqh.config import GrinqhConfig
 from grinqh.linear import GrinqhLinear
+from grinqh.memory import release_file_pages, trim_heap
 from grinqh.model import (
     linear_layers,
     output_heads,
@@ -38,6 +39,8 @@ class LinearToPack(nn.Linear):
         if attribute == "weight" and not value.is_meta:
             self.packed = pack_weight(self.name, value, self.config)
             self.device = value.device
+            release_file_pages(value)
+            trim_heap()
         else:
             super().__setattr__(attribute, value)
 

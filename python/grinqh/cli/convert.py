@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from grinqh.cli.common import need_transformers, positive, print_json
+from grinqh.memory import map_large_blocks
 
 
 def add_parser(commands: Any) -> None:
@@ -55,6 +56,7 @@ def run(options: argparse.Namespace) -> None:
     from grinqh import GrinqhConfig
     from grinqh.convert import convert
 
+    map_large_blocks()
     given = {
         "plane_widths": options.plane_widths,
         "block": options.block,
