@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from grinqh.calibration import calibrate
 from grinqh.config import GrinqhConfig
 from grinqh.errors import InputError
 from grinqh.model import packed_bytes, packed_layers, stored_bits
+from grinqh.resume import KeptLayers, fingerprint
 from grinqh.shards import shard_bytes
 from grinqh.source import Source
 from grinqh.texts import CALIBRATION_TEXT_NAME, calibration_text, read_text
@@ -54,11 +56,14 @@ def convert(
     dtype: torch.dtype | str = "auto",
     max_shard_size: int | str | None = None,
     force: bool = False,
+    resume: bool = True,
     command: str = "grinqh.convert",
 ) -> Conversion:
     """Quantizes, calibrates and saves a model, with its tokenizer and a model card.
 
-    The folder appears when everything in it is written, and not before.
+    The folder appears when everything in it is written, and not before. Until then packed layers are kept in
+    `<out>.packing`; a conversion that follows an interrupted one, of the same source with the same settings, goes on
+    with them.
 
     Args:
         source: a Hugging Face folder with safetensors, or a GGUF file.
@@ -69,6 +74,7 @@ def convert(
         dtype: of what stays at full precision; "auto" for the source's own.
         max_shard_size: bytes of a weight file at most, as a number or as "5GB"; None for transformers' own.
         force: replace a converted model that is there already.
+        resume: whether to keep packed layers for the next conversion and to use those of the last.
         command: what the model card gives as the command that made it.
 
     Raises:
@@ -80,8 +86,13 @@ def convert(
     checked = Source(source)
     text = calibration_text() if calibration is None else read_text(calibration)
     text_name = CALIBRATION_TEXT_NAME if calibration is None else Path(calibration).name
-    with _new_folder(Path(out), force) as folder:
-        model = checked.load_quantized(config, dtype)
+    facts = [checked.fingerprint(), config.to_dict(), str(dtype), versions()["grinqh"]]
+    kept = KeptLayers(Path(out), fingerprint(facts), enabled=resume)
+    with _new_folder(Path(out), force) as folder, kept:
+        with kept.in_use():
+            model = checked.load_quantized(config, dtype)
+        if kept.taken:
+            print(f"{kept.taken} layers were packed by an earlier run and are used again", file=sys.stderr)
         report = calibrate(model, text, checked.tokenizer, max_tokens=calibration_tokens)
         model.save_pretrained(folder, **shards)
         checked.copy_companions(folder)
@@ -98,6 +109,7 @@ def convert(
             calibration_tokens=report.tokens,
         )
         (folder / "README.md").write_text(_model_card(conversion, config, command), encoding="utf-8")
+    kept.discard()
     return conversion
 
 

@@ -46,6 +46,11 @@ def add_parser(commands: Any) -> None:
         "--max-shard-size", metavar="SIZE", help="of a weight file, as 5GB (default: transformers' own)"
     )
     parser.add_argument("--force", action="store_true", help="replace a model folder at OUT")
+    parser.add_argument(
+        "--no-resume",
+        action="store_true",
+        help="pack everything, and keep nothing in OUT.packing in case of interruption",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
@@ -75,6 +80,7 @@ def run(options: argparse.Namespace) -> None:
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
         force=options.force,
+        resume=not options.no_resume,
         command=options.command_line,
         **amount,
     )
