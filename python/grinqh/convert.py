@@ -6,25 +6,41 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from grinqh.benchmark import versions
 from grinqh.calibration import calibrate
-from grinqh.config import GrinqhConfig
+from grinqh.config import GrinqhConfig, ReadBits
 from grinqh.errors import InputError
+from grinqh.evaluate import Reference, evaluate, token_windows
 from grinqh.model import packed_bytes, packed_layers, stored_bits
 from grinqh.resume import KeptLayers, fingerprint
 from grinqh.shards import shard_bytes
 from grinqh.source import Source
 from grinqh.texts import CALIBRATION_TEXT_NAME, calibration_text, read_text
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 CALIBRATION_TOKENS = 8192
+EVALUATION_WINDOW, EVALUATION_WINDOWS = 512, 8  # enough for a model card; `grinqh ppl` does it thoroughly
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the converted model does on a text, every token graded."""
+
+    text: str
+    windows: str
+    read_bits: float  # realised
+    perplexity: float
+    reference_perplexity: float  # of the model at full precision
 
 
 @dataclass(frozen=True)
@@ -40,6 +56,8 @@ class Conversion:
     total_bytes: int  # of the weight files, with all that stayed at full precision
     calibration: str
     calibration_tokens: int
+    read_bits: ReadBits  # the dial's setting after loading
+    evaluation: Evaluation | None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -53,6 +71,7 @@ def convert(
     *,
     calibration: str | Path | None = None,
     calibration_tokens: int = CALIBRATION_TOKENS,
+    evaluation: str | Path | None = None,
     dtype: torch.dtype | str = "auto",
     max_shard_size: int | str | None = None,
     force: bool = False,
@@ -71,6 +90,8 @@ def convert(
         config: what to convert and how; None for the defaults.
         calibration: a UTF-8 text file; None for the help topics of Python.
         calibration_tokens: how much of it to use, about.
+        evaluation: a UTF-8 text file on which the model card gives the perplexity; None for none. The full-precision
+            model is loaded for it, beside the converted one.
         dtype: of what stays at full precision; "auto" for the source's own.
         max_shard_size: bytes of a weight file at most, as a number or as "5GB"; None for transformers' own.
         force: replace a converted model that is there already.
@@ -85,6 +106,7 @@ def convert(
     config = GrinqhConfig() if config is None else config
     checked = Source(source)
     text = calibration_text() if calibration is None else read_text(calibration)
+    evaluation_text = None if evaluation is None else (Path(evaluation).name, read_text(evaluation))
     text_name = CALIBRATION_TEXT_NAME if calibration is None else Path(calibration).name
     facts = [checked.fingerprint(), config.to_dict(), str(dtype), versions()["grinqh"]]
     kept = KeptLayers(Path(out), fingerprint(facts), enabled=resume)
@@ -107,10 +129,20 @@ def convert(
             total_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
             calibration=text_name,
             calibration_tokens=report.tokens,
+            read_bits=config.read_bits,
+            evaluation=None if evaluation_text is None else _evaluate(model, checked, dtype, *evaluation_text),
         )
         (folder / "README.md").write_text(_model_card(conversion, config, command), encoding="utf-8")
     kept.discard()
     return conversion
+
+
+def _evaluate(model: PreTrainedModel, source: Source, dtype: torch.dtype | str, name: str, text: str) -> Evaluation:
+    windows = token_windows(source.tokenizer, text, EVALUATION_WINDOW, EVALUATION_WINDOWS)
+    (score,) = evaluate(model, windows, reference=Reference(lambda: source.load_model(dtype)))
+    if score.read_bits is None or score.reference_perplexity is None:
+        raise AssertionError("every token was graded and compared")
+    return Evaluation(name, windows.describe(), score.read_bits, score.perplexity, score.reference_perplexity)
 
 
 @contextmanager
@@ -143,6 +175,9 @@ def _new_folder(out: Path, force: bool) -> Iterator[Path]:
 def _model_card(conversion: Conversion, config: GrinqhConfig, command: str) -> str:
     widths = ", ".join(map(str, config.plane_widths))
     used = ", ".join(f"{name} {version}" for name, version in versions().items())
+    read_bits = conversion.read_bits
+    settings = read_bits.items() if isinstance(read_bits, Mapping) else [("", read_bits)]
+    dial = ", ".join(f"{bits:g} {pattern and f'for `{pattern}`'}".strip() for pattern, bits in settings)
     return f"""---
 library_name: transformers
 tags:
@@ -168,8 +203,19 @@ grinqh.set_bits(model, 3.0)
 | with | {used} |
 | converted | {conversion.layers} linear layers, {conversion.weights:,} weights |
 | stored bits | {conversion.stored_bits:.3f} per converted weight, in planes of {widths} bits; block {config.block} |
+| read bits | {dial}: the dial's setting after loading |
 | size | {conversion.total_bytes / 1e6:,.1f} MB, of which {conversion.packed_bytes / 1e6:,.1f} MB are converted layers |
 | calibration | {conversion.calibration_tokens:,} tokens of {conversion.calibration} |
-
+{_perplexity_row(conversion.evaluation)}
 The licence is that of the original model.
 """
+
+
+def _perplexity_row(evaluation: Evaluation | None) -> str:
+    if evaluation is None:
+        return ""
+    return (
+        f"| perplexity | {evaluation.perplexity:.2f} at {evaluation.read_bits:.2f} read bits, "
+        f"{evaluation.reference_perplexity:.2f} at full precision; {evaluation.windows}, of {evaluation.text}; "
+        "every token graded |\n"
+    )

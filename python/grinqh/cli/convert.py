@@ -31,6 +31,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--read-bits", type=float, help="the dial's setting after loading (default: 3)")
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="UTF-8 text (default: Python's help topics)")
     parser.add_argument("--calibration-tokens", type=positive, help="how much of it to use (default: 8192)")
+    parser.add_argument(
+        "--evaluate",
+        type=Path,
+        metavar="FILE",
+        help="UTF-8 text on which the model card gives the perplexity; this loads the full-precision model, too",
+    )
     parser.add_argument("--convert-lm-head", action="store_true", help="convert the output head, too")
     parser.add_argument(
         "--exclude",
@@ -77,6 +83,7 @@ def run(options: argparse.Namespace) -> None:
         options.out,
         config,
         calibration=options.calibration,
+        evaluation=options.evaluate,
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
         force=options.force,
