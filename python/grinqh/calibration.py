@@ -20,6 +20,7 @@ from grinqh.config import GrinqhConfig
 from grinqh.dial import DialTable, dial_table, dial_taus, set_bits
 from grinqh.errors import InputError
 from grinqh.linear import GrinqhLinear
+from grinqh.memory import trim_heap
 from grinqh.model import model_config, packed_layers
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def calibrate(
         layer = layers[name]
         _sort(layer, statistics.mean_square)
         units[name] = grading.unit_thresholds(layer.format.grade_bits, layer.error, sensitivities[name])
+        trim_heap()  # every tensor of the layer has been replaced by one in another place
     if _drop_channels(config, layers, units, {name: statistics.mean_square for name, statistics in seen.items()}):
         observed = _observe(model, layers, batches, gradients=False, progress=progress)
 

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 MAPPINGS = Path("/proc/self/maps")
-M_MMAP_THRESHOLD = -3  # malloc.h
+M_MMAP_THRESHOLD, M_MMAP_MAX = -3, -4  # malloc.h
 
 
 def release_file_pages(tensor: Tensor) -> None:
@@ -46,6 +46,7 @@ def map_large_blocks() -> None:
     set_option = _c_function("mallopt", ctypes.c_int, ctypes.c_int)
     if set_option is not None:
         set_option(M_MMAP_THRESHOLD, 1 << 20)
+        set_option(M_MMAP_MAX, 1 << 14)  # the system's own limit for all mappings is about four times that
 
 
 @cache
