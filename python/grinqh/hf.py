@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -101,6 +102,8 @@ def _read_checkpoint(files: Sequence[str] | None) -> LayerSpecs:
         raise InputError(f"a GRINQH model is loaded from safetensors files, not from {files}")
     specs: LayerSpecs = {}
     for file in files:
+        if not Path(file).is_file():
+            raise InputError(f"{file} does not exist: the index of the weight files names it")
         specs |= read_specs(file)
     return specs
 

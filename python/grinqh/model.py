@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from grinqh import packing
+from grinqh import packing, resume
 from grinqh.config import GrinqhConfig, check_patterns, matches
 from grinqh.errors import InputError
 from grinqh.fusion import fuse_linears
@@ -263,7 +263,12 @@ def reset_read_stats(model: nn.Module) -> None:
 def pack_weight(name: str, weight: Tensor, config: GrinqhConfig) -> packing.PackedTensors:
     """The tensors of the layer of that name, without its bias, on the weight's device (see `packing.pack_weight`)."""
     format, points = config.format(name), int(config.dial_grid[2])
-    return packing.pack_weight(weight, format, name=f"{name}.weight", dial_points=points)
+
+    def pack() -> packing.PackedTensors:
+        return packing.pack_weight(weight, format, name=f"{name}.weight", dial_points=points)
+
+    tensors = resume.packed(name, tuple(weight.shape), format, points, pack)
+    return {tensor: data.to(weight.device) for tensor, data in tensors.items()} if weight.is_cuda else tensors
 
 
 def packed_layer(

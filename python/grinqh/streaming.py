@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from grinqh import packing
 from grinqh.config import GrinqhConfig
 from grinqh.fusion import fuse_linears, groups
+from grinqh.memory import release_file_pages, trim_heap
 from grinqh.model import (
     linear_layers,
     log_untied,
@@ -44,6 +45,9 @@ class WeightToPack:
             self.parts = [None] * len(weights)
             self.packed = pack_weight(self.name, weights[0] if len(weights) == 1 else torch.cat(weights), self.config)
             self.device = weight.device
+            for part in weights:
+                release_file_pages(part)
+            trim_heap()
 
 
 class LinearToPack(nn.Linear):
