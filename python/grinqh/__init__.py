@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         stored_bits,
         token_reads,
     )
+    from grinqh.parallel import tensor_parallel
     from grinqh.schedule import BitsSchedule
 
 _MODULES = {
@@ -50,6 +51,7 @@ _MODULES = {
         "stored_bits",
         "token_reads",
     ),
+    "parallel": ("tensor_parallel",),
     "schedule": ("BitsSchedule",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
@@ -76,6 +78,7 @@ __all__ = [
     "reset_read_stats",
     "set_bits",
     "stored_bits",
+    "tensor_parallel",
     "token_reads",
 ]
 

@@ -72,11 +72,14 @@ def calibrate(
 
     Raises:
         InputError: data that is empty, of another type or without its tokenizer; activations or gradients that are
-            NaN or infinite, by the layer's name. The model is then unchanged.
+            NaN or infinite, by the layer's name; a model that is shared out among processes. The model is then
+            unchanged.
 
     Source: docs/method.md, after arXiv 2606.23419.
     """
     config, layers = model_config(model), packed_layers(model)
+    if any(layer.sharded for layer in layers.values()):
+        raise InputError("the model is shared out among processes: calibrate it before grinqh.tensor_parallel")
     batches = _batches(data, tokenizer, sequence_length, max_tokens)
 
     observed = _observe(model, layers, batches, gradients=sensitivity, progress=progress)

@@ -72,8 +72,8 @@ def set_bits(model: nn.Module, read_bits: ReadBits, *, exact_budget: bool = Fals
             hard tokens read more than easy ones, which is better at equal bits.
 
     Raises:
-        InputError: a value out of range, a pattern that matches nothing, or a model that is not calibrated; the
-            dial is then unchanged.
+        InputError: a value out of range, a pattern that matches nothing, a model that is not calibrated, or an exact
+            budget for one that is shared out among processes; the dial is then unchanged.
     """
     config = model_config(model)
     recorded, settings = dial_settings(model, read_bits, exact_budget=exact_budget)
@@ -90,6 +90,8 @@ def dial_settings(
         InputError: as `set_bits`.
     """
     config, layers = model_config(model), _calibrated(packed_layers(model))
+    if exact_budget and any(layer.sharded for layer in layers.values()):
+        raise InputError("exact_budget is True, must be False for a model that is shared out among processes")
     check_read_bits(read_bits)
     if isinstance(read_bits, Mapping):
         check_patterns("read_bits", read_bits, layers)

@@ -48,6 +48,7 @@ class GrinqhQuantizer(HfQuantizer):
         The loader itself would only report a missing tensor, and leave random weights in its place.
         """
         config = self.quantization_config
+        _refuse_tensor_parallel(model)
         if not self.pre_quantized:
             expect_weights(model, config)
             return
@@ -95,6 +96,18 @@ class GrinqhQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """`generate` may compile the model."""
         return True
+
+
+def _refuse_tensor_parallel(model: PreTrainedModel) -> None:
+    # transformers' loader cuts each tensor of a layer alike, along one of its dimensions. The channels of a range of
+    # inputs lie all over the packed planes.
+    world = getattr(getattr(model.config, "distributed_config", None), "tp_size", None) or 1
+    if world > 1:
+        raise InputError(
+            f"tensor parallelism (tp_plan, or distributed_config with tp_size) of {world} processes is asked of the "
+            "loader, must not be for a GRINQH model: load it whole on every process and call "
+            "grinqh.tensor_parallel(model)"
+        )
 
 
 def _read_checkpoint(files: Sequence[str] | None) -> LayerSpecs:

@@ -43,6 +43,8 @@ class GrinqhLinear(nn.Module):
     budget: Tensor | None
     read_total: Tensor  # float64 [2]: sum of the read bits of the rows counted, and their number
     read_log: Tensor | None  # float32 [L]: read bits of the last L rows counted, the newest last
+    # Whether it is only what one of several processes holds of a layer (grinqh.parallel).
+    sharded = False
 
     def __init__(self, tensors: Mapping[str, Tensor], format: LayerFormat, max_graded_rows: int = 16) -> None:
         super().__init__()
@@ -176,13 +178,16 @@ class GrinqhLinear(nn.Module):
         )
         if self.count_reads and x.numel() <= self.max_graded_rows * self.in_features:
             y, read_bits = torch.ops.grinqh.gemv_read_bits(*arguments)
-            self.read_total[0] += read_bits.sum()
-            self.read_total[1] += read_bits.numel()
-            if self.read_log is not None:
-                # Shifted, not written at a row number, which would be on the device.
-                self.read_log.copy_(torch.cat([self.read_log, read_bits.flatten()])[-len(self.read_log) :])
+            self._count(read_bits)
             return y
         return torch.ops.grinqh.linear(*arguments, self.max_graded_rows)
+
+    def _count(self, read_bits: Tensor) -> None:
+        self.read_total[0] += read_bits.sum()
+        self.read_total[1] += read_bits.numel()
+        if self.read_log is not None:
+            # Shifted, not written at a row number, which would be on the device.
+            self.read_log.copy_(torch.cat([self.read_log, read_bits.flatten()])[-len(self.read_log) :])
 
     def extra_repr(self) -> str:
         """The layer's shape and format, for printing."""
