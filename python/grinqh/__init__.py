@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from grinqh.loading import from_pretrained
     from grinqh.model import (
         ReadStats,
+        TokenReads,
         count_reads,
         graded,
         packed_bytes,
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
         read_stats,
         reset_read_stats,
         stored_bits,
+        token_reads,
     )
+    from grinqh.schedule import BitsSchedule
 
 _MODULES = {
     "calibration": ("CalibrationReport", "calibrate"),
@@ -36,6 +39,7 @@ _MODULES = {
     "loading": ("from_pretrained",),
     "model": (
         "ReadStats",
+        "TokenReads",
         "count_reads",
         "graded",
         "packed_bytes",
@@ -44,11 +48,14 @@ _MODULES = {
         "read_stats",
         "reset_read_stats",
         "stored_bits",
+        "token_reads",
     ),
+    "schedule": ("BitsSchedule",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
+    "BitsSchedule",
     "CalibrationReport",
     "DialTable",
     "GrinqhConfig",
@@ -56,6 +63,7 @@ __all__ = [
     "InputError",
     "LayerFormat",
     "ReadStats",
+    "TokenReads",
     "calibrate",
     "count_reads",
     "dial_table",
@@ -68,6 +76,7 @@ __all__ = [
     "reset_read_stats",
     "set_bits",
     "stored_bits",
+    "token_reads",
 ]
 
 

@@ -20,6 +20,7 @@ from grinqh.config import GrinqhConfig
 from grinqh.dial import DialTable, dial_table, dial_taus, set_bits
 from grinqh.errors import InputError
 from grinqh.linear import GrinqhLinear
+from grinqh.memory import trim_heap
 from grinqh.model import model_config, packed_layers
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 # A layer on whose outputs the loss does not depend at all gets this part of the mean sensitivity.
 LEAST_SENSITIVITY = 2.0**-20
+ROWS_AT_ONCE = 256  # input channels that are in memory in double precision
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ def calibrate(
         layer = layers[name]
         _sort(layer, statistics.mean_square)
         units[name] = grading.unit_thresholds(layer.format.grade_bits, layer.error, sensitivities[name])
+        trim_heap()  # every tensor of the layer has been replaced by one in another place
     if _drop_channels(config, layers, units, {name: statistics.mean_square for name, statistics in seen.items()}):
         observed = _observe(model, layers, batches, gradients=False, progress=progress)
 
@@ -269,7 +272,8 @@ def _sort(layer: GrinqhLinear, mean_square: Tensor) -> None:
     """Puts the stored channels in order of mean square times column energy, unless some are left out already."""
     if any(channels < layer.in_features for channels in layer.stored_channels):
         return
-    importance = mean_square * layer.dense().double().square().sum(1).cpu()  # by input feature
+    energy = [rows.double().square().sum(1) for rows in layer.dense().split(ROWS_AT_ONCE)]
+    importance = mean_square * torch.cat(energy).cpu()  # by input feature
     stored = importance[layer.channel_order.long().cpu()]
     order = stored.argsort(descending=True, stable=True).to(layer.gain.device)
     layer.set_packed(packing.sort_channels(layer.tensors, order), layer.format)

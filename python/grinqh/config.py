@@ -91,12 +91,16 @@ class GrinqhConfig(QuantizationConfigMixin):
             numbers by name pattern (see `grinqh.set_bits`).
         exact_budget: whether every token keeps to the budget, instead of tokens on average; default False.
         modules_to_not_convert: name patterns (see `grinqh.config.matches`) of linear layers to leave alone, besides
-            the head.
+            the head; and of the experts of a mixture, which cannot be converted and are refused unless named here, by
+            the parameter (`experts.down_proj`) or its module (`experts`).
         convert_lm_head: whether the output head is converted too. A head tied to the embeddings then gets weights of
             its own.
         overrides: other settings for some layers: {pattern: {"plane_widths" | "block" | "stored_bits": value}}; where
             several patterns match, the later wins.
         max_graded_rows: inputs of more rows than this (prefill) are read in full; default 16.
+        fuse: whether q_proj, k_proj and v_proj of one parent become one layer, `qkv_proj`, and gate_proj and up_proj
+            become `gate_up_proj` (see `grinqh.fusion`): fewer and larger kernels. These are then the names that
+            `set_bits`, `read_stats` and the saved file know. Layers named by `overrides` stay apart; default False.
         format_version: version of the packed format.
         dial_grid: the dial settings at which each layer's read bits are recorded: log2 of the first, step, number.
 
@@ -115,6 +119,7 @@ class GrinqhConfig(QuantizationConfigMixin):
         convert_lm_head: bool = False,
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
         max_graded_rows: int | None = None,
+        fuse: bool = False,
         format_version: int = FORMAT_VERSION,
         dial_grid: Iterable[float] = (-20.0, 0.5, 64),
         **others: Any,
@@ -137,6 +142,7 @@ class GrinqhConfig(QuantizationConfigMixin):
         self.convert_lm_head = convert_lm_head
         self.overrides = {pattern: dict(settings) for pattern, settings in (overrides or {}).items()}
         self.max_graded_rows = 16 if max_graded_rows is None else max_graded_rows
+        self.fuse = fuse
         self.dial_grid = tuple(dial_grid)
 
         # What from_pretrained(dir, quantization_config=GrinqhConfig(...)) may set over what the directory records.
@@ -172,6 +178,8 @@ class GrinqhConfig(QuantizationConfigMixin):
         check_read_bits(self.read_bits)
         if not isinstance(self.max_graded_rows, int) or self.max_graded_rows < 0:
             raise InputError(f"max_graded_rows is {self.max_graded_rows!r}, must be an integer of at least 0")
+        if not isinstance(self.fuse, bool):
+            raise InputError(f"fuse is {self.fuse!r}, must be True or False")
         first, step, points = self.dial_grid if len(self.dial_grid) == 3 else (math.nan, 0, 0)
         if not (math.isfinite(first) and step > 0 and points >= 2 and points == int(points)):
             raise InputError(

@@ -32,6 +32,14 @@ class DialTable:
     layers: dict[str, Tensor]  # float64 [T], of each layer
 
 
+@dataclass(frozen=True)
+class LayerDial:
+    """A setting of the dial in one layer."""
+
+    thresholds: Tensor  # float32 [G], on the layer's device
+    budget: float | None  # read bits that no row may exceed; None: the thresholds alone decide
+
+
 def dial_taus(config: GrinqhConfig) -> Tensor:
     """The settings at which the dial is recorded, float64 [T]."""
     first, step, points = config.dial_grid
@@ -67,14 +75,27 @@ def set_bits(model: nn.Module, read_bits: ReadBits, *, exact_budget: bool = Fals
         InputError: a value out of range, a pattern that matches nothing, or a model that is not calibrated; the
             dial is then unchanged.
     """
+    config = model_config(model)
+    recorded, settings = dial_settings(model, read_bits, exact_budget=exact_budget)
+    _turn(packed_layers(model), settings)
+    config.read_bits, config.exact_budget = recorded, exact_budget
+
+
+def dial_settings(
+    model: nn.Module, read_bits: ReadBits, *, exact_budget: bool = False
+) -> tuple[ReadBits, dict[str, LayerDial]]:
+    """What `set_bits` would set: the read bits that the config then records, and the dials of layers by name.
+
+    Raises:
+        InputError: as `set_bits`.
+    """
     config, layers = model_config(model), _calibrated(packed_layers(model))
     check_read_bits(read_bits)
     if isinstance(read_bits, Mapping):
         check_patterns("read_bits", read_bits, layers)
         before = config.read_bits if isinstance(config.read_bits, Mapping) else {"*": config.read_bits}
         read_bits = {pattern: bits for pattern, bits in before.items() if pattern not in read_bits} | dict(read_bits)
-    _turn(layers, dial_taus(config), read_bits, exact_budget)
-    config.read_bits, config.exact_budget = read_bits, exact_budget
+    return read_bits, _settings(layers, dial_taus(config), read_bits, exact_budget)
 
 
 def restore_dial(model: nn.Module) -> None:
@@ -84,7 +105,7 @@ def restore_dial(model: nn.Module) -> None:
         layer.reset_buffers()
         layer.max_graded_rows = config.max_graded_rows
     if any(layer.calibrated for layer in layers.values()):
-        _turn(_calibrated(layers), dial_taus(config), config.read_bits, config.exact_budget)
+        _turn(layers, _settings(_calibrated(layers), dial_taus(config), config.read_bits, config.exact_budget))
     else:
         logger.warning("the model is not calibrated: every token reads all stored bits (see grinqh.calibrate)")
 
@@ -96,21 +117,31 @@ def _calibrated(layers: Mapping[str, GrinqhLinear]) -> dict[str, GrinqhLinear]:
     return calibrated
 
 
-def _turn(layers: Mapping[str, GrinqhLinear], taus: Tensor, read_bits: ReadBits, exact_budget: bool) -> None:
+def _turn(layers: Mapping[str, GrinqhLinear], settings: Mapping[str, LayerDial]) -> None:
+    for name, dial in settings.items():
+        layers[name].set_thresholds(dial.thresholds)
+        layers[name].set_budget(dial.budget)
+
+
+def _settings(
+    layers: Mapping[str, GrinqhLinear], taus: Tensor, read_bits: ReadBits, exact_budget: bool
+) -> dict[str, LayerDial]:
     by_pattern = read_bits if isinstance(read_bits, Mapping) else {"*": read_bits}
     bits = {name: _layer_bits(layer) for name, layer in layers.items()}
-    settings: dict[str, float] = {}
+    chosen: dict[str, float] = {}
     for pattern, target in by_pattern.items():
         group = {name: layer for name, layer in layers.items() if matches(pattern, name)}
         if group:
             stored = weighted_mean(group.values(), [layer.stored_bits for layer in group.values()])
-            settings |= dict.fromkeys(group, _tau(target, taus, _mean_bits(group, bits), stored))
-    for name, tau in settings.items():
+            chosen |= dict.fromkeys(group, _tau(target, taus, _mean_bits(group, bits), stored))
+    settings: dict[str, LayerDial] = {}
+    for name, tau in chosen.items():
         layer = layers[name]
         # Not 0 * unit_thresholds: infinity is among them.
-        layer.set_thresholds(layer.unit_thresholds * tau if tau > 0 else torch.zeros_like(layer.thresholds))
+        thresholds = layer.unit_thresholds.detach() * tau if tau > 0 else torch.zeros_like(layer.thresholds)
         read = _interpolate(math.log2(tau), taus.log2(), bits[name]) if tau > 0 else layer.stored_bits
-        layer.set_budget(read if exact_budget else None)
+        settings[name] = LayerDial(thresholds, read if exact_budget else None)
+    return settings
 
 
 def _tau(target: float, taus: Tensor, read_bits: Tensor, stored_bits: float) -> float:

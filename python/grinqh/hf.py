@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ from grinqh.checkpoint import read_specs
 from grinqh.config import QUANT_METHOD, GrinqhConfig
 from grinqh.dial import restore_dial
 from grinqh.errors import InputError
+from grinqh.fusion import fuse_linears
 from grinqh.linear import GrinqhLinear
 from grinqh.model import linear_layers, packed_layers
 from grinqh.packing import TensorSpec
@@ -50,6 +52,8 @@ class GrinqhQuantizer(HfQuantizer):
             expect_weights(model, config)
             return
         layers = linear_layers(model, config, check=False)
+        if config.fuse:
+            fuse_linears(model, config, layers)
         found = _find_packed(model, layers, _read_checkpoint(checkpoint_files))
         for name, linear in layers.items():
             bias = linear.bias is not None
@@ -98,6 +102,8 @@ def _read_checkpoint(files: Sequence[str] | None) -> LayerSpecs:
         raise InputError(f"a GRINQH model is loaded from safetensors files, not from {files}")
     specs: LayerSpecs = {}
     for file in files:
+        if not Path(file).is_file():
+            raise InputError(f"{file} does not exist: the index of the weight files names it")
         specs |= read_specs(file)
     return specs
 

@@ -42,6 +42,7 @@ class GrinqhLinear(nn.Module):
     thresholds: Tensor
     budget: Tensor | None
     read_total: Tensor  # float64 [2]: sum of the read bits of the rows counted, and their number
+    read_log: Tensor | None  # float32 [L]: read bits of the last L rows counted, the newest last
 
     def __init__(self, tensors: Mapping[str, Tensor], format: LayerFormat, max_graded_rows: int = 16) -> None:
         super().__init__()
@@ -56,6 +57,7 @@ class GrinqhLinear(nn.Module):
         self.register_buffer("thresholds", torch.zeros(format.planes, device=device), persistent=False)
         self.register_buffer("budget", None, persistent=False)
         self.register_buffer("read_total", torch.zeros(2, dtype=torch.float64, device=device), persistent=False)
+        self.register_buffer("read_log", None, persistent=False)
 
     @property
     def tensors(self) -> packing.PackedTensors:
@@ -152,6 +154,7 @@ class GrinqhLinear(nn.Module):
         """Everything is read, no budget, nothing counted: the state of a new layer."""
         self.thresholds = torch.zeros(self.format.planes, device=self.gain.device)
         self.read_total.zero_()
+        self.read_log = None
         self.budget = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -175,6 +178,9 @@ class GrinqhLinear(nn.Module):
             y, read_bits = torch.ops.grinqh.gemv_read_bits(*arguments)
             self.read_total[0] += read_bits.sum()
             self.read_total[1] += read_bits.numel()
+            if self.read_log is not None:
+                # Shifted, not written at a row number, which would be on the device.
+                self.read_log.copy_(torch.cat([self.read_log, read_bits.flatten()])[-len(self.read_log) :])
             return y
         return torch.ops.grinqh.linear(*arguments, self.max_graded_rows)
 

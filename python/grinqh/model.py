@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import re
 import sys
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from grinqh import packing
+from grinqh import packing, resume
 from grinqh.config import GrinqhConfig, check_patterns, matches
 from grinqh.errors import InputError
+from grinqh.fusion import fuse_linears
 from grinqh.linear import GrinqhLinear
+from grinqh.unconverted import check_unconverted, named, other_weights
 
 logger = logging.getLogger(__name__)
 
@@ -43,26 +43,32 @@ def quantize_model(model: Model, config: GrinqhConfig | None = None, *, progress
         The model.
 
     Raises:
-        InputError: nothing to convert, a pattern that matches nothing, or a weight that is NaN, infinite or no float,
-            by name; the model is then unchanged.
+        InputError: nothing to convert, a pattern that matches nothing, experts that cannot be converted and are not
+            named (see `GrinqhConfig`), or a weight that is NaN, infinite or no float, by name; the model is then
+            unchanged.
 
     Warns:
-        UserWarning: parameters that look like weights of linear layers and cannot be converted, by name.
+        UserWarning: other matrices that cannot be converted and are not named, by name.
     """
     config = GrinqhConfig() if config is None else config
     layers = linear_layers(model, config)
+    check_unconverted(model, config)
     for name, linear in layers.items():
         packing.check_weight(f"{name}.weight", linear.weight)
         if linear.bias is not None and not torch.isfinite(linear.bias).all():
             raise InputError(f"{name}.bias holds NaN or infinity, must be finite")
-    warn_of_unconverted(model, layers)
+    if config.fuse:
+        fuse_linears(model, config, layers)
 
+    shared = shared_weights(model)
     converted: dict[int, GrinqhLinear] = {}
     for name in tqdm(list(layers), desc="quantize", unit="layer", file=sys.stderr, disable=None if progress else True):
         linear = layers.pop(name)
         if id(linear) not in converted:  # else: a layer that the model uses under several names
             tensors = pack_weight(name, linear.weight, config)
             converted[id(linear)] = packed_layer(name, linear, tensors, config, linear.weight.device)
+            if id(linear.weight) in shared:
+                log_untied(name, converted[id(linear)])
         model.set_submodule(name, converted[id(linear)])
     record_config(model, config)
     return model
@@ -86,7 +92,9 @@ def linear_layers(model: nn.Module, config: GrinqhConfig, *, check: bool = True)
         if type(module) is nn.Linear  # not a subclass: its forward may do something else
     }
     if check:
-        check_patterns("modules_to_not_convert", config.modules_to_not_convert or [], linears)
+        others = [name for name, _ in other_weights(model)]  # may be named, too: they are left alone anyway
+        patterns = [p for p in config.modules_to_not_convert or [] if not any(named(p, name) for name in others)]
+        check_patterns("modules_to_not_convert", patterns, linears)
         check_patterns("overrides", config.overrides, linears)
     left_alone = set() if config.convert_lm_head else output_heads(model)
     chosen = {
@@ -141,8 +149,12 @@ def weighted_mean(layers: Iterable[GrinqhLinear], values: Iterable[float]) -> fl
 
 def packed_bytes(model: nn.Module) -> int:
     """Bytes of all tensors of the packed layers, scales, tables and biases included."""
-    layers = packed_layers(model).values()
-    return sum(tensor.numel() * tensor.element_size() for layer in layers for tensor in layer.parameters())
+    return sum(layer_bytes(layer) for layer in packed_layers(model).values())
+
+
+def layer_bytes(layer: GrinqhLinear) -> int:
+    """Bytes of all tensors of one packed layer."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in layer.parameters())
 
 
 @contextmanager
@@ -167,13 +179,38 @@ class ReadStats:
     layers: dict[str, float]  # the same of each layer that saw a row
 
 
-def count_reads(model: nn.Module, enabled: bool = True) -> None:
+@dataclass(frozen=True)
+class TokenReads:
+    """What single tokens read: graded rows, oldest first."""
+
+    read_bits: Tensor  # float64 [rows]: mean bits per weight, over weights
+    layers: dict[str, Tensor]  # float64 [rows]: the same of each layer that saw a row
+
+
+def count_reads(model: nn.Module, enabled: bool = True, *, keep_tokens: int = 0) -> None:
     """Switches the counting of read bits on or off.
 
     Counts are summed on the layers' device. Only graded rows count: prefill, which reads everything, does not.
+
+    Args:
+        model: a converted model.
+        enabled: whether to count; what was counted stays when counting stops.
+        keep_tokens: if above 0, counting begins anew and the bits of so many of the last rows are kept one by one,
+            for `token_reads`: 4 bytes a row in each layer, on its device.
+
+    Raises:
+        InputError: `keep_tokens` is no integer of at least 0, or the model has no packed layers.
     """
+    if not isinstance(keep_tokens, int) or isinstance(keep_tokens, bool) or keep_tokens < 0:
+        raise InputError(f"keep_tokens is {keep_tokens!r}, must be an integer of at least 0")
     for layer in packed_layers(model).values():
         layer.count_reads = enabled
+        if enabled and not keep_tokens:
+            layer.read_log = None
+        elif keep_tokens:
+            layer.read_total.zero_()
+            if layer.read_log is None or len(layer.read_log) != keep_tokens:
+                layer.read_log = layer.thresholds.new_zeros(keep_tokens)
 
 
 def read_stats(model: nn.Module) -> ReadStats:
@@ -190,6 +227,33 @@ def read_stats(model: nn.Module) -> ReadStats:
     return ReadStats(weighted_mean([layers[name] for name in bits], bits.values()), bits)
 
 
+def token_reads(model: nn.Module) -> TokenReads:
+    """Read bits of single rows since `count_reads(model, keep_tokens=..)` or `reset_read_stats`, on the CPU.
+
+    These are the last `keep_tokens` rows if there were more. A step of a batch gives one row for each sequence, in
+    their order. A converted output head sees only the last token of a prompt: its rows are paired with those of
+    the other layers from the newest back, and older ones are left out.
+
+    Raises:
+        InputError: nothing was kept, or layers besides the head saw different rows (experts, say).
+    """
+    layers = packed_layers(model)
+    kept = {name: layer.read_log for name, layer in layers.items() if layer.read_log is not None}
+    counted = {name: int(layers[name].read_total[1]) for name in kept}
+    counted = {name: rows for name, rows in counted.items() if rows > 0}
+    if not counted:
+        raise InputError("no rows were kept: call grinqh.count_reads(model, keep_tokens=..) before running the model")
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    seen = {rows: name for name, rows in counted.items() if layers[name] is not head}
+    if len(seen) > 1:
+        listed = ", ".join(f"{name} saw {rows}" for rows, name in seen.items())
+        raise InputError(f"layers saw different numbers of rows, which have no mean row by row: {listed}")
+    rows = min(min(rows, len(kept[name])) for name, rows in counted.items())
+    bits = {name: kept[name][-rows:].to("cpu", torch.float64) for name in counted}
+    weights = torch.tensor([layers[name].weights for name in bits], dtype=torch.float64)
+    return TokenReads(weights @ torch.stack(list(bits.values())) / weights.sum(), bits)
+
+
 def reset_read_stats(model: nn.Module) -> None:
     """Forgets what was counted."""
     for layer in packed_layers(model).values():
@@ -199,7 +263,12 @@ def reset_read_stats(model: nn.Module) -> None:
 def pack_weight(name: str, weight: Tensor, config: GrinqhConfig) -> packing.PackedTensors:
     """The tensors of the layer of that name, without its bias, on the weight's device (see `packing.pack_weight`)."""
     format, points = config.format(name), int(config.dial_grid[2])
-    return packing.pack_weight(weight, format, name=f"{name}.weight", dial_points=points)
+
+    def pack() -> packing.PackedTensors:
+        return packing.pack_weight(weight, format, name=f"{name}.weight", dial_points=points)
+
+    tensors = resume.packed(name, tuple(weight.shape), format, points, pack)
+    return {tensor: data.to(weight.device) for tensor, data in tensors.items()} if weight.is_cuda else tensors
 
 
 def packed_layer(
@@ -224,34 +293,28 @@ def output_heads(model: nn.Module) -> set[str]:
     head = find() if find else None
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     tied_names = {name.removesuffix(".weight") for name in [*tied.keys(), *tied.values()]}
-    owners: dict[int, set[int]] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), set()).add(id(module))
+    shared = shared_weights(model)
     heads = set()
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Linear):
-            shared = len(owners[id(module.weight)]) > 1
-            if module is head or name in tied_names or shared or name.rpartition(".")[2] == "lm_head":
+            is_shared = id(module.weight) in shared
+            if module is head or name in tied_names or is_shared or name.rpartition(".")[2] == "lm_head":
                 heads.add(name)
     return heads
 
 
-def warn_of_unconverted(model: nn.Module, layers: dict[str, nn.Linear]) -> None:
-    """Names the matrices and stacks of matrices (the experts of a mixture, say) that stay as they are.
+def shared_weights(model: nn.Module) -> set[int]:
+    """The `id` of each parameter that several modules share."""
+    owners: dict[int, set[int]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), set()).add(id(module))
+    return {parameter for parameter, modules in owners.items() if len(modules) > 1}
 
-    Linear layers that the config leaves alone, embeddings and convolutions are not meant.
-    """
-    names: dict[str, list[int]] = {}
-    for module_name, module in model.named_modules():
-        if type(module) is nn.Linear or isinstance(module, nn.Embedding | nn.modules.conv._ConvNd):
-            continue
-        for name, parameter in module.named_parameters(module_name, recurse=False):
-            if parameter.ndim >= 2 and min(parameter.shape[-2:]) > 1:
-                names.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(parameter.numel())
-    if names:
-        listed = "; ".join(f"{name} ({len(sizes)} of {sizes[0]:,} values)" for name, sizes in names.items())
-        warnings.warn(f"left in full precision, only torch.nn.Linear is converted: {listed}", stacklevel=3)
+
+def log_untied(name: str, layer: GrinqhLinear) -> None:
+    """Logs what it costs that a layer no longer shares its weight with another module."""
+    logger.info("%s: untied, its packed weights take %s bytes of their own", name, f"{layer_bytes(layer):,}")
 
 
 def record_config(model: nn.Module, config: GrinqhConfig) -> None:

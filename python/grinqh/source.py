@@ -118,8 +118,8 @@ class Source:
                     shutil.copyfile(file, folder / file.name)
 
     def fingerprint(self) -> str:
-        """Tells this model from others, by its weight files' places, sizes and times."""
-        files = [self.path] if self.gguf else weight_files(self.path)
+        """Tells this model from others, by the places, sizes and times of its weight files and its config."""
+        files = [self.path] if self.gguf else [self.path / "config.json", *weight_files(self.path)]
         facts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 

@@ -1,49 +1,73 @@
-"""Packs a model's weights while transformers reads them: one of them at a time is in memory at full precision."""
+"""Packs a model's weights while transformers reads them: those of one layer are in memory at full precision."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from grinqh import packing
 from grinqh.config import GrinqhConfig
-from grinqh.linear import GrinqhLinear
+from grinqh.fusion import fuse_linears, groups
+from grinqh.memory import release_file_pages, trim_heap
 from grinqh.model import (
     linear_layers,
+    log_untied,
     output_heads,
     pack_weight,
     packed_layer,
     record_config,
-    warn_of_unconverted,
+    shared_weights,
 )
 from grinqh.packing import PackedTensors
+from grinqh.unconverted import check_unconverted
+
+
+class WeightToPack:
+    """The weight of one packed layer, which may come in parts; it is packed as soon as the last one is there."""
+
+    def __init__(self, name: str, parts: int, config: GrinqhConfig) -> None:
+        self.name = name
+        self.config = config
+        self.missing = set(range(parts))
+        self.parts: list[Tensor | None] = [None] * parts
+        self.packed: PackedTensors = {}
+        self.device = torch.device("meta")  # of the weight that was packed
+
+    def set_part(self, index: int, name: str, weight: Tensor) -> None:
+        """Takes a part; `name` is what to call it in an error."""
+        packing.check_weight(f"{name}.weight", weight)
+        self.parts[index] = weight
+        self.missing.discard(index)
+        if not self.missing:
+            weights = [part for part in self.parts if part is not None]
+            self.parts = [None] * len(weights)
+            self.packed = pack_weight(self.name, weights[0] if len(weights) == 1 else torch.cat(weights), self.config)
+            self.device = weight.device
+            for part in weights:
+                release_file_pages(part)
+            trim_heap()
 
 
 class LinearToPack(nn.Linear):
-    """Stands for a packed layer in a model that is being loaded, and packs its weight as soon as that is set.
+    """Stands for a linear layer in a model that is being loaded, and has its weight packed as soon as that is set.
 
     Its own weight stays on the meta device.
     """
 
-    def __init__(self, name: str, linear: nn.Linear, config: GrinqhConfig) -> None:
+    def __init__(self, name: str, linear: nn.Linear, target: WeightToPack, index: int) -> None:
         bias, dtype = linear.bias is not None, linear.weight.dtype
         super().__init__(linear.in_features, linear.out_features, bias, device="meta", dtype=dtype)
         self.name = name
-        self.config = config
-        self.packed: PackedTensors = {}
-        self.device = torch.device("meta")  # of the weight that was packed
+        self.target = target
+        self.index = index
 
     def __setattr__(self, attribute: str, value: Any) -> None:
         if attribute == "weight" and not value.is_meta:
-            self.packed = pack_weight(self.name, value, self.config)
-            self.device = value.device
+            self.target.set_part(self.index, self.name, value)
         else:
             super().__setattr__(attribute, value)
-
-    def finished(self) -> GrinqhLinear:
-        """The packed layer, once everything is loaded."""
-        return packed_layer(self.name, self, self.packed, self.config, self.device)
 
 
 def expect_weights(model: nn.Module, config: GrinqhConfig) -> None:
@@ -52,20 +76,37 @@ def expect_weights(model: nn.Module, config: GrinqhConfig) -> None:
     Heads are left for `pack_rest`: one that is tied has no weight of its own in the files.
 
     Raises:
-        InputError: nothing to convert, or a pattern that matches nothing.
+        InputError: nothing to convert, a pattern that matches nothing, or experts (see `check_unconverted`).
     """
     layers = linear_layers(model, config)
-    warn_of_unconverted(model, layers)
-    for name in layers.keys() - output_heads(model):
-        model.set_submodule(name, LinearToPack(name, layers[name], config))
+    check_unconverted(model, config)
+    heads = output_heads(model)
+    layers = {name: linear for name, linear in layers.items() if name not in heads}
+    parts_of = {name: [name] for name in layers}
+    if config.fuse:
+        for group in groups(model, config, layers):
+            parts_of[group.fused_name] = [parts_of.pop(name)[0] for name in group.names]
+    for layer, parts in parts_of.items():
+        target = WeightToPack(layer, len(parts), config)
+        for index, name in enumerate(parts):
+            model.set_submodule(name, LinearToPack(name, layers[name], target, index))
 
 
 def pack_rest(model: nn.Module, config: GrinqhConfig) -> None:
     """Puts the packed layers in place of those that stood for them, and packs what was left."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LinearToPack):
-            model.set_submodule(name, module.finished())
+    shared = shared_weights(model)
+    loaded = {name: module for name, module in model.named_modules() if isinstance(module, LinearToPack)}
+    targets = {name: module.target for name, module in loaded.items()}
+    layers: dict[str, nn.Linear] = dict(loaded)
+    if config.fuse:
+        targets |= {group.fused_name: targets[group.names[0]] for group in groups(model, config, layers)}
+        fuse_linears(model, config, layers)
+    for name, linear in layers.items():
+        target = targets[name]
+        model.set_submodule(name, packed_layer(name, linear, target.packed, config, target.device))
     for name, linear in linear_layers(model, config, check=False).items():
-        tensors = pack_weight(name, linear.weight, config)
-        model.set_submodule(name, packed_layer(name, linear, tensors, config, linear.weight.device))
+        layer = packed_layer(name, linear, pack_weight(name, linear.weight, config), config, linear.weight.device)
+        model.set_submodule(name, layer)
+        if id(linear.weight) in shared:
+            log_untied(name, layer)
     record_config(model, config)

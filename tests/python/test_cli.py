@@ -135,6 +135,14 @@ def test_generate_reads_the_bits_that_were_set(model: Path, result: Callable[...
     assert read == pytest.approx([2, 4], rel=0.15)
 
 
+def test_generate_shows_the_least_and_the_most_that_a_token_read(model: Path, result: Callable[..., Any]) -> None:
+    for prompt in ("It was", "It was the best of times"):  # graded, and too long for it
+        found = result("generate", model, prompt, "--bits", 3, "--max-new-tokens", 40)
+        assert 0 < found["read_bits_min"] < found["read_bits"] < found["read_bits_max"] <= 6
+    one = result("generate", model, "It was", "--max-new-tokens", 1)
+    assert (one["read_bits"], one["read_bits_min"], one["read_bits_max"]) == (None,) * 3
+
+
 def test_generate_prints_only_the_answer_unless_asked_for_statistics(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,7 +151,8 @@ def test_generate_prints_only_the_answer_unless_asked_for_statistics(
     assert "read_bits" not in plain.out
     assert plain.err == DEVICE_LINE
     assert main(["generate", str(model), "It was", "--max-new-tokens", "4", "--stats"]) == 0
-    assert "read_bits: " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert all(f"{name}: " in printed for name in ("read_bits", "read_bits_min", "read_bits_max"))
 
 
 def test_generate_puts_a_question_by_the_chat_template(model: Path, result: Callable[..., Any]) -> None:

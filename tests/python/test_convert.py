@@ -23,6 +23,7 @@ import grinqh
 from grinqh import convert as conversion
 from grinqh import model, streaming
 from grinqh.convert import convert
+from grinqh.evaluate import token_windows
 from grinqh.source import Source
 
 TEXT = "It was the best of times, it was the worst of times. " * 40
@@ -106,6 +107,35 @@ def test_the_model_card_gives_command_and_figures(converted: Path) -> None:
     assert "the command of this test" in card
     assert "14 linear layers, 61,440 weights" in card
     assert "stored bits | 8.000" in card
+    assert "read bits | 3: the dial's setting" in card
+    assert "perplexity" not in card
+
+
+def test_the_model_card_gives_read_bits_by_pattern(source: Path, text: Path, tmp_path: Path) -> None:
+    config = grinqh.GrinqhConfig(read_bits={"*": 3.5, "mlp.*": 2})
+    convert(source, tmp_path / "out", config, calibration=text)
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "read bits | 3.5 for `*`, 2 for `mlp.*`: the dial's setting" in card
+
+
+def test_the_model_card_gives_the_perplexity_on_a_text(source: Path, text: Path, tmp_path: Path) -> None:
+    made = convert(source, tmp_path / "out", grinqh.GrinqhConfig(read_bits=2.5), calibration=text, evaluation=text)
+    assert made.evaluation is not None
+    full = AutoModelForCausalLM.from_pretrained(source)
+    windows = token_windows(make_tokenizer(), TEXT, 512)
+    with torch.no_grad():
+        loss = torch.stack([full(ids[None], labels=ids[None]).loss for ids in windows.ids]).mean()
+    assert made.evaluation.reference_perplexity == pytest.approx(float(loss.exp()), rel=1e-4)
+    assert made.evaluation.read_bits == pytest.approx(2.5, rel=0.1)
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert f"perplexity | {made.evaluation.perplexity:.2f} at {made.evaluation.read_bits:.2f} read bits, " in card
+    assert "of calibration.txt; every token graded |\n\nThe licence" in card
+
+
+def test_evaluating_changes_nothing_in_the_model(converted: Path, source: Path, text: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "out", calibration=text, evaluation=text)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (converted / name).read_bytes()
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])
@@ -222,15 +252,17 @@ def test_what_is_no_full_precision_model_is_refused(converted: Path, tmp_path: P
 
 
 @pytest.mark.usefixtures("no_work")
-def test_a_calibration_text_that_cannot_be_read_is_refused(source: Path, tmp_path: Path) -> None:
+def test_a_text_that_cannot_be_read_is_refused(source: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     (tmp_path / "latin").write_bytes("é".encode("latin-1"))
     for name, words in (("nowhere", "cannot read"), ("empty", "is empty"), ("latin", "not UTF-8")):
         with pytest.raises(grinqh.InputError, match=words):
             convert(source, tmp_path / "out", calibration=tmp_path / name)
+        with pytest.raises(grinqh.InputError, match=words):
+            convert(source, tmp_path / "out", evaluation=tmp_path / name)
 
 
-# ---- what is refused while working, with nothing left behind
+# ---- what is refused or interrupted while working, with nothing half written left behind
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -256,7 +288,7 @@ def test_a_pattern_that_matches_nothing_is_refused(source: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_conversion_leaves_nothing(
+def test_an_interrupted_conversion_leaves_only_its_packed_layers(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interruption: type[BaseException]
 ) -> None:
     def interrupted(*_: Any) -> None:
@@ -265,7 +297,7 @@ def test_an_interrupted_conversion_leaves_nothing(
     monkeypatch.setattr(Source, "copy_companions", interrupted)  # after the weights were written
     with pytest.raises(interruption):
         convert(source, tmp_path / "out", calibration_tokens=256)
-    assert left_in(tmp_path) == set()
+    assert left_in(tmp_path) == {"out.packing"}
 
 
 def test_a_failed_replacement_leaves_the_old_model(
@@ -280,12 +312,12 @@ def test_a_failed_replacement_leaves_the_old_model(
     monkeypatch.setattr(conversion, "calibrate", fail)
     with pytest.raises(RuntimeError):
         convert(source, tmp_path / "out", force=True)
-    assert left_in(tmp_path) == {"out"}
+    assert left_in(tmp_path) == {"out", "out.packing"}
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-def test_a_terminated_conversion_leaves_nothing(source: Path, tmp_path: Path) -> None:
+def test_a_terminated_conversion_leaves_only_its_packed_layers(source: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "grinqh", "convert", str(source), str(tmp_path / "out")]
     process = subprocess.Popen([*command, "--calibration-tokens", "100000000"], stderr=subprocess.DEVNULL)
     try:
@@ -297,7 +329,7 @@ def test_a_terminated_conversion_leaves_nothing(source: Path, tmp_path: Path) ->
         assert process.wait(30) == 128 + signal.SIGTERM
     finally:
         process.kill()
-    assert left_in(tmp_path) == set()
+    assert left_in(tmp_path) <= {"out.packing"}
 
 
 # ---- GGUF

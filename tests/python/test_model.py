@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import calibrated, logits, qwen3, tiny_model, token_ids
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 import grinqh
 from grinqh import GrinqhConfig, GrinqhLinear, InputError
@@ -25,13 +27,14 @@ class Block(nn.Module):
         return x + self.down(self.up(x))
 
 
-class Experts(nn.Module):
-    """A mixture's experts as one parameter, which no conversion of nn.Linear finds."""
+class Router(nn.Module):
+    """A matrix that no conversion of nn.Linear finds, and a stack of one, which is a matrix too."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.router = nn.Linear(8, 2)
-        self.gate_up_proj = nn.Parameter(torch.zeros(2, 8, 24))
+        self.up = nn.Linear(8, 12)
+        self.weight = nn.Parameter(torch.zeros(4, 8))
+        self.positions = nn.Parameter(torch.zeros(1, 6, 8))
 
 
 def packed_names(model: nn.Module) -> set[str]:
@@ -132,16 +135,40 @@ def test_a_model_without_anything_to_convert_is_refused() -> None:
         grinqh.quantize_model(model)
 
 
-def test_stacked_experts_are_named_in_a_warning() -> None:
-    model = nn.ModuleList([Experts(), Experts()])
-    with pytest.warns(UserWarning, match=r"full precision.*: \*?\.?.*gate_up_proj \(.*384 values\)"):
+def test_other_matrices_are_named_in_a_warning() -> None:
+    model = nn.ModuleList([Router(), Router()])
+    left = r"\*\.weight \(2 of shape \[4, 8\]\); \*\.positions \(2 of shape \[1, 6, 8\]\)$"
+    with pytest.warns(UserWarning, match=f"left at full precision, .*: {left}"):
         grinqh.quantize_model(model)
-    assert packed_names(model) == {"0.router", "1.router"}
+    assert packed_names(model) == {"0.up", "1.up"}
+
+
+def test_matrices_that_are_named_need_no_warning() -> None:
+    # Warnings are errors here.
+    config = GrinqhConfig(modules_to_not_convert=["0.weight", "1", "positions"])
+    grinqh.quantize_model(nn.ModuleList([Router(), Router()]), config)
 
 
 def test_embeddings_norms_and_convolutions_need_no_warning() -> None:
     # Warnings are errors here.
     grinqh.quantize_model(nn.ModuleList([nn.Embedding(4, 4), nn.Conv1d(2, 2, 3), nn.LayerNorm(4), Block()]))
+
+
+@pytest.mark.parametrize("while_loading", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_bytes_that_untying_a_head_costs_are_logged(
+    tied: bool, while_loading: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, config = tiny_model(tied=tied), GrinqhConfig(convert_lm_head=True)
+    model.save_pretrained(tmp_path)
+    with caplog.at_level(logging.INFO, logger="grinqh.model"):
+        if while_loading:
+            model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+        else:
+            grinqh.quantize_model(model, config)
+    size = sum(tensor.nbytes for tensor in model.lm_head.parameters())
+    line = f"lm_head: untied, its packed weights take {size:,} bytes of their own"
+    assert [record.getMessage() for record in caplog.records if "untied" in record.getMessage()] == [line] * tied
 
 
 def test_every_layer_is_logged_with_its_error_at_each_grade(caplog: pytest.LogCaptureFixture) -> None:
@@ -229,3 +256,109 @@ def test_the_model_s_read_bits_are_the_mean_over_weights_of_the_layers() -> None
     total = sum(stats.layers[name] * layer.weights for name, layer in layers.items())
     assert stats.read_bits == pytest.approx(total / sum(layer.weights for layer in layers.values()))
     assert len({round(bits, 3) for bits in stats.layers.values()}) > 1
+
+
+# ---- read bits of single tokens
+
+
+def test_token_reads_are_those_of_each_row_alone() -> None:
+    model, ids = calibrated(), token_ids(1, 12)
+    grinqh.set_bits(model, 2.5)
+    grinqh.count_reads(model, keep_tokens=20)
+    logits(model, ids)
+    found = grinqh.token_reads(model)
+    stats = grinqh.read_stats(model)
+    assert len(found.read_bits) == 12
+    assert float(found.read_bits.mean()) == pytest.approx(stats.read_bits)
+    assert found.layers.keys() == stats.layers.keys()
+    for name, bits in found.layers.items():
+        assert float(bits.mean()) == pytest.approx(stats.layers[name])
+    assert found.read_bits.std() > 0.01
+    grinqh.reset_read_stats(model)
+    logits(model, ids[:, :1])
+    assert torch.equal(grinqh.token_reads(model).read_bits, found.read_bits[:1])
+
+
+def test_token_reads_are_weighted_by_the_layers_weights() -> None:
+    model = calibrated()
+    grinqh.set_bits(model, {"*": 2, "down_proj": 8})
+    grinqh.count_reads(model, keep_tokens=20)
+    logits(model, token_ids(1, 5))
+    found, layers = grinqh.token_reads(model), grinqh.packed_layers(model)
+    total = sum(found.layers[name] * layer.weights for name, layer in layers.items())
+    torch.testing.assert_close(found.read_bits, total / sum(layer.weights for layer in layers.values()))
+
+
+def test_the_last_tokens_are_kept_if_there_are_more() -> None:
+    model = calibrated()
+    grinqh.count_reads(model, keep_tokens=64)
+    for part in token_ids(1, 40).split(8, 1):
+        logits(model, part)
+    found = grinqh.token_reads(model).read_bits
+    assert len(found) == 40
+    for keep in (11, 3):  # more and less than the rows of a pass
+        grinqh.count_reads(model, keep_tokens=keep)
+        for part in token_ids(1, 40).split(8, 1):
+            logits(model, part)
+        assert torch.equal(grinqh.token_reads(model).read_bits, found[-keep:])
+
+
+def test_what_was_kept_stays_when_counting_stops_and_goes_when_it_begins_anew() -> None:
+    model = calibrated()
+    grinqh.count_reads(model, keep_tokens=20)
+    logits(model, token_ids(1, 5))
+    grinqh.count_reads(model, False)
+    logits(model, token_ids(1, 5))
+    assert len(grinqh.token_reads(model).read_bits) == 5
+    grinqh.count_reads(model, keep_tokens=20)
+    with pytest.raises(InputError, match="no rows were kept"):
+        grinqh.token_reads(model)
+
+
+def test_a_step_of_a_batch_gives_a_row_for_each_sequence() -> None:
+    model, prompts = calibrated(), token_ids(2, 24)
+    grinqh.set_bits(model, 3)
+
+    def read(prompts: Tensor) -> Tensor:
+        grinqh.count_reads(model, keep_tokens=64)
+        model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=6, do_sample=False)
+        return grinqh.token_reads(model).read_bits
+
+    together = read(prompts)
+    assert together.shape == (2 * 5,)
+    torch.testing.assert_close(together[::2], read(prompts[:1]), atol=0.05, rtol=0)
+    torch.testing.assert_close(together[1::2], read(prompts[1:]), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("length", [24, 4])  # a prompt that is read in full, and one that is graded
+def test_a_converted_head_that_sees_fewer_rows_is_paired_from_the_newest(length: int) -> None:
+    model = calibrated(config=GrinqhConfig(convert_lm_head=True))
+    grinqh.count_reads(model, keep_tokens=64)
+    prompt = token_ids(1, length)
+    model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False)
+    found = grinqh.token_reads(model)
+    assert "lm_head" in found.layers
+    assert len(found.read_bits) == (5 if length == 24 else 6)
+
+
+def test_layers_that_see_different_rows_have_no_mean_row_by_row() -> None:
+    model = calibrated()
+    grinqh.count_reads(model, keep_tokens=64)
+    logits(model, token_ids(1, 5))
+    model.model.layers[0].mlp.up_proj(torch.zeros(1, 64))
+    with pytest.raises(InputError, match=r"up_proj saw 6"):
+        grinqh.token_reads(model)
+
+
+@pytest.mark.parametrize("keep", [-1, 2.5, True])
+def test_a_bad_number_of_tokens_to_keep_is_refused(keep: Any) -> None:
+    with pytest.raises(InputError, match=f"keep_tokens is {keep}, must be an integer"):
+        grinqh.count_reads(calibrated(), keep_tokens=keep)
+
+
+def test_token_reads_without_counting_say_what_to_do() -> None:
+    model = calibrated()
+    grinqh.count_reads(model)
+    logits(model, token_ids(1, 5))
+    with pytest.raises(InputError, match=r"no rows were kept: call grinqh\.count_reads\(model, keep_tokens"):
+        grinqh.token_reads(model)

@@ -45,6 +45,13 @@ def test_command_is_installed() -> None:
     assert callable(command.load())
 
 
+def test_the_harness_s_model_type_names_the_extra_that_it_needs() -> None:
+    code = "import runpy, sys; sys.modules['lm_eval'] = None; runpy.run_module('grinqh.lm_eval', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "pip install 'grinqh[eval]'" in done.stderr
+
+
 def test_import_prints_nothing() -> None:
     done = subprocess.run([sys.executable, "-c", "import grinqh"], check=True, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("", "")

@@ -5,8 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 import grinqh
 
@@ -39,6 +48,62 @@ def tiny_model(
 
 def qwen3(**settings: Any) -> Any:
     return tiny_model(Qwen3Config, **settings)
+
+
+def llama3(**settings: Any) -> Any:
+    """Rotations of three kinds: kept, mixed and slowed down."""
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    return tiny_model(LlamaConfig, rope_parameters=rope, **settings)
+
+
+def qwen2(**settings: Any) -> Any:
+    """Biases of q, k and v that are not 0, as in trained models."""
+    model = tiny_model(Qwen2Config, **settings)
+    for layer in model.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj"):
+            nn.init.normal_(getattr(layer.self_attn, name).bias, std=0.1)
+    return model
+
+
+def mistral(**settings: Any) -> Any:
+    return tiny_model(MistralConfig, **{"sliding_window": 8} | settings)
+
+
+def smollm(**settings: Any) -> Any:
+    return tiny_model(LlamaConfig, **{"tied": True} | settings)
+
+
+# By the names that the README gives them.
+FAMILIES = {
+    "Llama 3": llama3,
+    "Qwen3": qwen3,
+    "Qwen2.5": qwen2,
+    "Mistral": mistral,
+    "SmolLM": smollm,
+}
+
+
+def qwen3_moe(**settings: Any) -> Any:
+    """4 experts in each of two blocks."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    return tiny_model(Qwen3MoeConfig, **experts | settings)
+
+
+def mixtral(**settings: Any) -> Any:
+    """4 experts in each of two blocks."""
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32}
+    return tiny_model(MixtralConfig, **experts | settings)
+
+
+# Refused unless their experts are named.
+MIXTURES = {"Qwen3-MoE": qwen3_moe, "Mixtral": mixtral}
 
 
 def token_ids(rows: int = 4, length: int = 64, seed: int = 1) -> Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from grinqh.cli.common import add_device_option, need_transformers, positive, print_json, say_device
+from grinqh.memory import map_large_blocks
 
 
 def add_parser(commands: Any) -> None:
@@ -30,19 +31,33 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--read-bits", type=float, help="the dial's setting after loading (default: 3)")
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="UTF-8 text (default: Python's help topics)")
     parser.add_argument("--calibration-tokens", type=positive, help="how much of it to use (default: 8192)")
+    parser.add_argument(
+        "--evaluate",
+        type=Path,
+        metavar="FILE",
+        help="UTF-8 text on which the model card gives the perplexity; this loads the full-precision model, too",
+    )
     parser.add_argument("--convert-lm-head", action="store_true", help="convert the output head, too")
     parser.add_argument(
         "--exclude",
         nargs="+",
         action="extend",
         metavar="PATTERN",
-        help="leave these layers alone: down_proj, 'model.layers.0.*'",
+        help="leave these layers alone: down_proj, 'model.layers.0.*'; experts",
     )
     parser.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of what is not converted"
     )
     add_device_option(parser)
+    parser.add_argument(
+        "--max-shard-size", metavar="SIZE", help="of a weight file, as 5GB (default: transformers' own)"
+    )
     parser.add_argument("--force", action="store_true", help="replace a model folder at OUT")
+    parser.add_argument(
+        "--no-resume",
+        action="store_true",
+        help="pack everything, and keep nothing in OUT.packing in case of interruption",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
@@ -54,6 +69,7 @@ def run(options: argparse.Namespace) -> None:
     from grinqh.convert import convert
     from grinqh.device import find_device
 
+    map_large_blocks()
     given = {
         "plane_widths": options.plane_widths,
         "block": options.block,
@@ -70,9 +86,12 @@ def run(options: argparse.Namespace) -> None:
         options.out,
         config,
         calibration=options.calibration,
+        evaluation=options.evaluate,
         dtype=options.dtype,
         device=device,
+        max_shard_size=options.max_shard_size,
         force=options.force,
+        resume=not options.no_resume,
         command=options.command_line,
         on_start=lambda: say_device(device),
         **amount,
@@ -82,6 +101,7 @@ def run(options: argparse.Namespace) -> None:
         return
     print(f"{made.out}: {made.layers} layers, {made.weights:,} weights at {made.stored_bits:.3f} stored bits,")
     print(f"{made.total_bytes / 1e6:,.1f} MB in all, {made.packed_bytes / 1e6:,.1f} MB of them converted layers")
+    print(f"at full precision: {'; '.join(made.full_precision)}")
 
 
 def _widths(text: str) -> list[int]:

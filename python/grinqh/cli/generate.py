@@ -35,7 +35,9 @@ def add_parser(commands: Any) -> None:
         "--chat", action="store_true", help="put the prompt as a question, by the model's chat template"
     )
     add_device_option(parser)
-    parser.add_argument("--stats", action="store_true", help="show the bits that were read and the time")
+    parser.add_argument(
+        "--stats", action="store_true", help="show the bits that tokens read (mean, least, most) and the time"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
@@ -50,6 +52,7 @@ def run(options: argparse.Namespace) -> None:
     from transformers import TextStreamer
 
     import grinqh
+    from grinqh.model import model_config
 
     if options.bits is not None:
         grinqh.set_bits(model, options.bits)
@@ -65,7 +68,9 @@ def run(options: argparse.Namespace) -> None:
     streamer = None if options.json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     say_device(device)
-    grinqh.count_reads(model)
+    # The answer's rows, and those of a prompt short enough to be graded.
+    rows = options.max_new_tokens + model_config(model).max_graded_rows
+    grinqh.count_reads(model, keep_tokens=rows if options.json or options.stats else 0)
     start = time.perf_counter()
     output = model.generate(
         **inputs.to(device), max_new_tokens=options.max_new_tokens, do_sample=False, streamer=streamer
@@ -73,8 +78,12 @@ def run(options: argparse.Namespace) -> None:
     seconds = time.perf_counter() - start
     answer = output[0, inputs["input_ids"].shape[1] :]
     # A prompt longer than the graded rows is read in full, and is not counted.
+    counted = (options.json or options.stats) and len(answer) > 1
+    bits = grinqh.token_reads(model).read_bits if counted else None
     statistics = {
-        "read_bits": grinqh.read_stats(model).read_bits if len(answer) > 1 else None,
+        "read_bits": None if bits is None else float(bits.mean()),
+        "read_bits_min": None if bits is None else float(bits.min()),
+        "read_bits_max": None if bits is None else float(bits.max()),
         "stored_bits": grinqh.stored_bits(model),
         "new_tokens": len(answer),
         "device": str(device),

@@ -1,0 +1,285 @@
+"""Times whole-model decoding and prefill on one GPU against float16 and torch's int4, and writes JSON.
+
+    python benchmarks/decode.py --json benchmarks/results/decode_h100.json
+    python benchmarks/decode.py --report benchmarks/results/decode_h100.json   # the tables of docs/decode.md
+    python benchmarks/decode.py --tiny                                         # a try in seconds, without a GPU too
+
+Models have the shapes of real ones and random weights. A decode step is one call of transformers' model with a static
+cache, captured into one CUDA graph and replayed, for every method alike; the graph of a converted model is captured
+once and serves all settings of the dial. A method that cannot be run is left out, with a note on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import ROOT, stamp, write_json
+from decode_methods import FUSED_METHODS, METHODS, Method
+from decode_models import CONFIGS, build_model, model_config
+from decode_report import LISTS, together, write_report
+from replay import Replay, median_milliseconds
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import StaticCache
+
+import grinqh
+
+BATCHES = (1, 2, 4, 8)
+PREFILL_TOKENS = (512, 2048)
+PREFILL_REPEATS = 5
+CACHE_LENGTH = 1024
+POSITION = 512  # tokens in the cache before the timed step
+TOKENS = 8  # different tokens that the timed step is given in turn
+HEAD_CALLS = 5  # of the head in one graph: a single one is short
+
+
+class DecodeStep:
+    """The call that makes one token's logits for each sequence of a batch, always at the same position.
+
+    Args:
+        model: a causal language model of transformers.
+        batch: sequences.
+        forward: what to call in the model's place, as a compiled form of it.
+    """
+
+    def __init__(self, model: Any, batch: int, forward: Callable[..., Any] | None = None) -> None:
+        device, vocabulary = next(model.parameters()).device, model.config.vocab_size
+        generator = torch.Generator(device).manual_seed(batch)
+        self.forward = model if forward is None else forward
+        self.tokens = torch.randint(vocabulary, (TOKENS, batch, 1), device=device, generator=generator)
+        self.ids = self.tokens[0].clone()
+        self.positions = torch.full((batch, 1), POSITION, device=device)
+        self.mask = (torch.arange(CACHE_LENGTH, device=device) <= POSITION).expand(batch, 1, 1, CACHE_LENGTH)
+        self.cache = StaticCache(config=model.config, max_cache_len=CACHE_LENGTH)
+        prompt = torch.randint(vocabulary, (batch, POSITION), device=device, generator=generator)
+        model(prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+
+    def prepare(self, i: int) -> None:
+        """Sets the cache back to the position, and another token in place."""
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(POSITION)
+        self.ids.copy_(self.tokens[i % TOKENS])
+
+    def __call__(self) -> Tensor:
+        """The logits."""
+        logits: Tensor = self.forward(
+            input_ids=self.ids,
+            position_ids=self.positions,
+            attention_mask=self.mask,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).logits
+        return logits
+
+
+def read_bits(model: nn.Module, step: DecodeStep) -> float:
+    """Mean bits per weight of the converted layers that the step's tokens read."""
+    grinqh.count_reads(model)
+    grinqh.reset_read_stats(model)
+    for i in range(TOKENS):
+        step.prepare(i)
+        step()
+    read = grinqh.read_stats(model).read_bits
+    grinqh.count_reads(model, enabled=False)
+    return read
+
+
+def inputs_of(layers: Sequence[nn.Module], step: DecodeStep) -> list[Tensor]:
+    """What the layers are given in a decode step."""
+    seen: dict[nn.Module, Tensor] = {}
+    handles = [
+        layer.register_forward_pre_hook(lambda module, arguments: seen.update({module: arguments[0].clone()}))
+        for layer in layers
+    ]
+    step.prepare(0)
+    step()
+    for handle in handles:
+        handle.remove()
+    return [seen[layer] for layer in layers]
+
+
+@torch.no_grad()
+def decode_rows(model: Any, method: Method, batches: Sequence[int], mode: str) -> Iterator[dict[str, Any]]:
+    """Milliseconds of a decode step by batch and setting of the dial."""
+    forward = torch.compile(model, dynamic=False) if mode == "compiled" else None
+    for batch in batches:
+        step = DecodeStep(model, batch, forward)
+        counted = step if forward is None else DecodeStep(model, batch)  # compiled code does not count
+        before = Replay.captures
+        replay = Replay(step)
+        for bits in method.bits:
+            method.set(model, bits)
+            ms = replay.milliseconds(step.prepare)
+            yield {
+                "method": method.name,
+                "mode": mode,
+                "bits": bits,
+                "read_bits": read_bits(model, counted) if method.dial else bits,
+                "batch": batch,
+                "ms": ms,
+                "tokens_per_s": batch / ms * 1e3,
+                "captures": Replay.captures - before,
+            }
+    if forward is not None:
+        torch.compiler.reset()
+
+
+@torch.no_grad()
+def part_rows(model: Any, method: Method, totals: dict[float, float]) -> Iterator[dict[str, Any]]:
+    """Where the time of a step for one sequence goes: the linear layers and the head alone, and what is left.
+
+    Each layer is called with its own input of a real step, so that it reads what it reads there.
+    """
+    step = DecodeStep(model, 1)
+    head, linears = model.get_output_embeddings(), method.linears(model)
+    for bits in method.bits:
+        method.set(model, bits)
+        *inputs, head_input = inputs_of([*linears, head], step)
+        linears_ms = Replay(partial(_call_all, linears, inputs)).milliseconds()
+        heads_ms = Replay(partial(_call_all, [head] * HEAD_CALLS, [head_input] * HEAD_CALLS)).milliseconds()
+        head_ms = heads_ms / HEAD_CALLS
+        yield {
+            "method": method.name,
+            "bits": bits,
+            "launches": len(linears) + 1,
+            "ms": totals[bits],
+            "linears_ms": linears_ms,
+            "head_ms": head_ms,
+            "rest_ms": totals[bits] - linears_ms - head_ms,
+        }
+
+
+def _call_all(layers: Sequence[nn.Module], inputs: Sequence[Tensor]) -> None:
+    for layer, x in zip(layers, inputs, strict=True):
+        layer(x)
+
+
+@torch.no_grad()
+def prefill_rows(model: Any, method: Method, lengths: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Milliseconds to process a prompt of one sequence, without a graph."""
+    for tokens in lengths:
+        ids = torch.randint(model.config.vocab_size, (1, tokens), device=next(model.parameters()).device)
+        ms = median_milliseconds(partial(model, ids, logits_to_keep=1), repeats=PREFILL_REPEATS)
+        yield {"method": method.name, "tokens": tokens, "ms": ms, "tokens_per_s": tokens / ms * 1e3}
+
+
+def measure(
+    config: Any, method: Method, device: torch.device, options: argparse.Namespace
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """All figures of one method for one model, each with the name of the list it belongs to."""
+    begin = time.perf_counter()
+    model = build_model(config, method.dtype, device)
+    built = time.perf_counter()
+    method.convert(model)
+    free_memory()
+    memory = {
+        "method": method.name,
+        "build_s": built - begin,
+        "convert_s": time.perf_counter() - built,
+        "weights_gb": allocated_gb(),
+    }
+    reset_peak()
+    totals = {}
+    for row in decode_rows(model, method, options.batches, "eager"):
+        if row["batch"] == 1:
+            totals[row["bits"]] = row["ms"]
+        yield "decode", row
+    if totals:
+        for row in part_rows(model, method, totals):
+            yield "parts", row
+    for row in prefill_rows(model, method, options.prefill):
+        yield "prefill", row
+    yield "memory", memory | {"peak_gb": peak_gb()}
+    if options.compile:
+        for row in decode_rows(model, method, [1], "compiled"):
+            yield "decode", row
+
+
+def free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def allocated_gb() -> float | None:
+    return torch.cuda.memory_allocated() / 1e9 if torch.cuda.is_available() else None
+
+
+def peak_gb() -> float | None:
+    return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """The results, also written to `options.json` whenever a method is done."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    results: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        **stamp(),
+        "cache_length": CACHE_LENGTH,
+        "position": POSITION,
+        "tiny": options.tiny,
+        "layers": options.layers,
+        **{kind: [] for kind in LISTS},
+    }
+    methods = [method for method in METHODS if method.name in options.methods]
+    if options.fuse:
+        methods += FUSED_METHODS
+    wanted = [(name, method) for name in options.models for method in methods]
+    for name, method in tqdm(wanted, desc="decode", unit="method", file=sys.stderr, disable=None):
+        try:
+            for kind, row in measure(model_config(name, options.layers, options.tiny), method, device, options):
+                results[kind].append({"model": name, **row})
+                print(kind, name, *(f"{key}={show(value)}" for key, value in row.items()), flush=True)
+        except Exception as problem:  # a method that is missing or fails must not end the run
+            print(f"{name}, {method.name}: {type(problem).__name__}: {str(problem)[:300]}", file=sys.stderr)
+        free_memory()
+        if options.json:
+            write_json(options.json, results)
+    return results
+
+
+def show(value: Any) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    names = [method.name for method in METHODS]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--report", type=Path, nargs="+", help="write docs/decode.md from these results, time nothing")
+    parser.add_argument("--models", nargs="*", default=list(CONFIGS), choices=list(CONFIGS))
+    parser.add_argument("--methods", nargs="*", default=names, choices=names)
+    parser.add_argument("--batches", type=int, nargs="*", default=list(BATCHES))
+    parser.add_argument("--prefill", type=int, nargs="*", default=list(PREFILL_TOKENS), help="lengths of prompts")
+    parser.add_argument("--layers", type=int, help="layers of the models, in place of their own number")
+    parser.add_argument("--tiny", action="store_true", help="tiny models of the same architectures")
+    parser.add_argument("--fuse", action="store_true", help="time models with fused projections too")
+    parser.add_argument("--compile", action="store_true", help="time torch.compile too, at batch 1")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = parse_arguments()
+    if options.report:
+        runs = [json.loads(path.read_text(encoding="utf-8")) for path in options.report]
+        write_report(together(runs), ROOT / "docs")
+    else:
+        run(options)
+
+
+if __name__ == "__main__":
+    main()

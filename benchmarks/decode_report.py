@@ -1,0 +1,129 @@
+"""docs/decode.md and its picture from the results of decode.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common import markdown_table, replace_between_markers
+
+Rows = list[dict[str, Any]]
+LISTS = ("decode", "parts", "prefill", "memory")  # of rows in the results
+DENSE = "float16"
+PARTS = ("linears_ms", "head_ms", "rest_ms")
+
+
+def together(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The rows of several runs, of one commit on one kind of GPU, as if they were of one run."""
+    first = runs[0]
+    for run in runs[1:]:
+        for key in ("gpu", "commit", "versions", "cache_length", "position", "tiny", "layers"):
+            if run[key] != first[key]:
+                raise ValueError(f"the runs differ in {key}: {first[key]} and {run[key]}")
+    return first | {kind: [row for run in runs for row in run[kind]] for kind in LISTS}
+
+
+def setting(row: dict[str, Any]) -> str:
+    """Method and, where there are several, setting of the dial, as a table's first cell says it."""
+    dial = f", {row['bits']:g} bits" if row["method"].startswith("grinqh") else ""
+    compiled = ", compiled" if row.get("mode") == "compiled" else ""
+    return f"{row['method']}{dial}{compiled}"
+
+
+def of_model(results: dict[str, Any], kind: str, model: str) -> Rows:
+    return [row for row in results[kind] if row["model"] == model]
+
+
+def models(results: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(row["model"] for row in results["decode"]))
+
+
+def decode_table(rows: Rows) -> str:
+    """Tokens a second by batch, and how many times those of float16."""
+    batches = sorted({row["batch"] for row in rows})
+    dense = {row["batch"]: row for row in rows if row["method"] == DENSE and row["mode"] == "eager"}
+    by_setting: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        by_setting.setdefault(setting(row), {})[row["batch"]] = row
+    lines = []
+    for name, timed in by_setting.items():
+        first = next(iter(timed.values()))
+        cells = [name, f"{first['read_bits']:.2f}"]
+        for batch in batches:
+            speed = timed[batch]["tokens_per_s"] if batch in timed else None
+            ratio = f" ({speed / dense[batch]['tokens_per_s']:.2f}x)" if speed and batch in dense else ""
+            cells.append(f"{speed:,.0f}{ratio}" if speed else "")
+        lines.append(cells)
+    return markdown_table(["tokens/s", "read bits", *(f"batch {batch}" for batch in batches)], lines)
+
+
+def parts_table(rows: Rows) -> str:
+    """Where the time of one step goes."""
+    return markdown_table(
+        ["ms of a step, batch 1", "layers", "total", "linear layers", "head", "rest"],
+        [[setting(row), str(row["launches"]), *(f"{row[part]:.3f}" for part in ("ms", *PARTS))] for row in rows],
+    )
+
+
+def prefill_table(prefill: Rows, memory: Rows) -> str:
+    """Milliseconds of prompts, and the memory of each method."""
+    lengths = sorted({row["tokens"] for row in prefill})
+    lines = []
+    for held in memory:
+        ms = {row["tokens"]: row["ms"] for row in prefill if row["method"] == held["method"]}
+        gb = [f"{held[key]:.1f}" if held[key] else "" for key in ("weights_gb", "peak_gb")]
+        lines.append([held["method"], *(f"{ms[n]:.1f}" if n in ms else "" for n in lengths), *gb])
+    return markdown_table(["ms of a prompt", *(f"{n} tokens" for n in lengths), "GB held", "GB at most"], lines)
+
+
+def tables(results: dict[str, Any]) -> str:
+    """All tables, model by model."""
+    version = results["versions"]
+    parts = [
+        f"{results['gpu']}; torch {version['torch']}, transformers {version['transformers']}, Python "
+        f"{version['python']}; commit {results['commit']}, {results['date']}. Cache of {results['cache_length']} "
+        f"tokens, {results['position']} of them filled."
+    ]
+    for model in models(results):
+        parts += [
+            f"### {model}",
+            decode_table(of_model(results, "decode", model)),
+            parts_table(of_model(results, "parts", model)),
+            prefill_table(of_model(results, "prefill", model), of_model(results, "memory", model)),
+        ]
+    return "\n\n".join(parts)
+
+
+def plot(results: dict[str, Any], to: Path) -> None:
+    """Tokens a second of one sequence against read bits, with the other methods as lines."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = models(results)
+    figure, grid = plt.subplots(1, len(names), figsize=(5.5 * len(names), 4), layout="constrained", squeeze=False)
+    for axis, model in zip(grid[0], names, strict=True):
+        rows = [row for row in of_model(results, "decode", model) if row["batch"] == 1 and row["mode"] == "eager"]
+        colours = (f"C{i}" for i in range(10))
+        for method in dict.fromkeys(row["method"] for row in rows):
+            own = sorted((row for row in rows if row["method"] == method), key=lambda row: row["read_bits"])
+            speed = [row["tokens_per_s"] for row in own]
+            if method.startswith("grinqh"):
+                axis.plot([row["read_bits"] for row in own], speed, "o-", color=next(colours), label=method)
+            else:
+                axis.axhline(speed[0], linestyle="--", color=next(colours), label=method)
+        axis.set(title=model, xlabel="read bits per weight", ylabel="tokens/s, one sequence", xlim=(0, 8.5))
+        axis.set_ylim(bottom=0)
+        axis.legend(fontsize=8)
+    figure.savefig(to, dpi=110)
+    plt.close(figure)
+
+
+def write_report(results: dict[str, Any], docs: Path) -> None:
+    """Replaces the generated part of docs/decode.md and draws docs/decode.png; models must be of full size."""
+    if results["tiny"] or results["layers"]:
+        raise ValueError("the documentation shows models of full size, these results are of smaller ones")
+    replace_between_markers(docs / "decode.md", "decode-tables", tables(results))
+    plot(results, docs / "decode.png")

@@ -1,0 +1,172 @@
+"""What decode.py measures and how it is shown, as far as that needs no GPU."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+FUSED = ("grinqh, fused", "grinqh, fused, head too")
+TINY = ["--tiny", "--models", "qwen3-8b", "--batches", "1", "2", "--prefill", "32"]
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    names = ("decode", "decode_methods", "decode_models", "decode_report", "int4_linear", "replay")
+    return {name: importlib.import_module(name) for name in names}
+
+
+@pytest.mark.parametrize("name", ["llama3-8b", "qwen3-8b"])
+def test_models_are_finite_and_the_same_every_time(modules: dict[str, Any], name: str) -> None:
+    models = modules["decode_models"]
+    config = models.model_config(name, tiny=True)
+    ids = torch.arange(16)[None]
+    with torch.no_grad():
+        first, again = (models.build_model(config, torch.float32, torch.device("cpu"))(ids).logits for _ in range(2))
+    assert torch.isfinite(first).all()
+    assert torch.equal(first, again)
+
+
+def test_full_sized_models_have_eight_billion_parameters(modules: dict[str, Any]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    for name in modules["decode_models"].CONFIGS:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(modules["decode_models"].model_config(name))
+        assert 8.0e9 < sum(parameter.numel() for parameter in model.parameters()) < 8.3e9
+
+
+def test_a_step_with_the_static_cache_is_that_of_the_whole_sequence(modules: dict[str, Any]) -> None:
+    decode, models = modules["decode"], modules["decode_models"]
+    model = models.build_model(models.model_config("llama3-8b", tiny=True), torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        step = decode.DecodeStep(model, 2)
+        outputs = []
+        for _ in range(2):
+            step.prepare(3)
+            outputs.append(step())
+        generator = torch.Generator().manual_seed(2)
+        vocabulary = model.config.vocab_size
+        torch.randint(vocabulary, (decode.TOKENS, 2, 1), generator=generator)
+        prompt = torch.randint(vocabulary, (2, decode.POSITION), generator=generator)
+        whole = model(torch.cat([prompt, step.ids], dim=1), logits_to_keep=1).logits
+    assert torch.equal(outputs[0], outputs[1])
+    torch.testing.assert_close(outputs[0], whole, rtol=1e-4, atol=1e-5)
+
+
+def test_int4_codes_are_within_half_a_step(modules: dict[str, Any]) -> None:
+    weight = torch.randn(8, 256, generator=torch.Generator().manual_seed(0))
+    codes, scales_and_zeros = modules["int4_linear"].quantize_int4(weight)
+    scale, zero = scales_and_zeros.float().permute(2, 1, 0).repeat_interleave(128, dim=2)
+    restored = (codes.float() - 8) * scale + zero
+    assert codes.max() == 15
+    assert ((restored - weight).abs() <= 0.55 * scale + 0.02).all()  # scales and zeros are rounded to bfloat16
+
+
+def test_a_whole_run_on_a_tiny_model(
+    modules: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    options = [
+        *TINY,
+        "--methods",
+        "float16",
+        "tinygemm int4",
+        "grinqh",
+        "--fuse",
+        "--json",
+        str(tmp_path / "results.json"),
+    ]
+    results = modules["decode"].run(modules["decode"].parse_arguments(options))
+    assert (tmp_path / "results.json").exists()
+    if not torch.cuda.is_available():
+        assert "tinygemm int4" in capsys.readouterr().err
+        assert {row["method"] for row in results["decode"]} == {"float16", "grinqh", *FUSED}
+    own = [row for row in results["decode"] if row["method"] == "grinqh" and row["batch"] == 1]
+    assert [row["bits"] for row in own] == list(modules["decode_methods"].DIAL)
+    assert all(abs(row["read_bits"] / row["bits"] - 1) < 0.2 for row in own)
+    launches = {row["method"]: row["launches"] for row in results["parts"]}
+    assert launches["grinqh"] == launches["float16"] == 15
+    assert [launches[method] for method in FUSED] == [9, 9]
+    assert modules["decode_report"].tables(results).count("### qwen3-8b") == 1
+
+
+def decode_row(method: str, bits: float, batch: int, tokens_per_s: float, mode: str = "eager") -> dict[str, Any]:
+    return {
+        "model": "llama3-8b",
+        "method": method,
+        "mode": mode,
+        "bits": bits,
+        "read_bits": bits + 0.01,
+        "batch": batch,
+        "ms": batch / tokens_per_s * 1e3,
+        "tokens_per_s": tokens_per_s,
+        "captures": 1,
+    }
+
+
+def handmade() -> dict[str, Any]:
+    return {
+        "gpu": "a GPU",
+        "versions": {"torch": "2.0", "transformers": "5.0", "python": "3.12"},
+        "commit": "abc",
+        "date": "2026-01-01",
+        "cache_length": 1024,
+        "position": 512,
+        "tiny": False,
+        "layers": None,
+        "decode": [
+            decode_row("float16", 16, 1, 100),
+            decode_row("float16", 16, 2, 190),
+            decode_row("tinygemm int4", 4, 1, 210),
+            decode_row("grinqh", 3, 1, 250),
+            decode_row("grinqh", 3, 2, 380),
+            decode_row("grinqh", 3, 1, 300, "compiled"),
+        ],
+        "parts": [
+            {
+                "model": "llama3-8b", "method": "grinqh", "bits": 3.0, "launches": 225, "ms": 4.0,
+                "linears_ms": 2.5, "head_ms": 0.5, "rest_ms": 1.0,
+            }
+        ],
+        "prefill": [{"model": "llama3-8b", "method": "float16", "tokens": 512, "ms": 30.04, "tokens_per_s": 17044.0}],
+        "memory": [{"model": "llama3-8b", "method": "float16", "weights_gb": 16.06, "peak_gb": 17.2}],
+    }  # fmt: skip
+
+
+def test_tables_show_ratios_to_float16(modules: dict[str, Any]) -> None:
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in modules["decode_report"].tables(handmade()).splitlines()
+    ]
+    assert ["grinqh, 3 bits", "3.01", "250 (2.50x)", "380 (2.00x)"] in lines
+    assert ["grinqh, 3 bits, compiled", "3.01", "300 (3.00x)", ""] in lines
+    assert ["tinygemm int4", "4.01", "210 (2.10x)", ""] in lines
+    assert ["grinqh, 3 bits", "225", "4.000", "2.500", "0.500", "1.000"] in lines
+    assert ["float16", "30.0", "16.1", "17.2"] in lines
+
+
+def test_runs_of_one_commit_are_shown_together(modules: dict[str, Any]) -> None:
+    together = modules["decode_report"].together
+    other = handmade() | {"decode": [decode_row("float16", 16, 1, 90) | {"model": "qwen3-8b"}]}
+    both = together([handmade(), other])
+    assert len(both["decode"]) == 7
+    assert modules["decode_report"].tables(both).count("\n### ") == 2
+    with pytest.raises(ValueError, match="differ in commit: abc and def"):
+        together([handmade(), other | {"commit": "def"}])
+
+
+def test_the_report_fills_the_page_and_draws_the_picture(modules: dict[str, Any], tmp_path: Path) -> None:
+    page = tmp_path / "decode.md"
+    page.write_text((BENCHMARKS.parent / "docs" / "decode.md").read_text(encoding="utf-8"), encoding="utf-8")
+    modules["decode_report"].write_report(handmade(), tmp_path)
+    assert "250 (2.50x)" in page.read_text(encoding="utf-8")
+    assert (tmp_path / "decode.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="full size"):
+        modules["decode_report"].write_report(handmade() | {"layers": 2}, tmp_path)
