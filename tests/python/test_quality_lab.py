@@ -49,12 +49,21 @@ def test_a_group_of_a_row_has_no_more_values_than_its_bits_allow(
         assert len(row.unique()) <= 2**BITS
 
 
-@pytest.mark.parametrize("method", ["GPTQ", "AWQ"])
-def test_methods_that_see_the_inputs_lose_less_than_rounding(
-    method: str, weight: Tensor, inputs: rivals.Inputs
-) -> None:
+def test_gptq_loses_less_than_rounding_where_inputs_are_correlated(weight: Tensor) -> None:
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(2048, 24, generator=generator) @ torch.randn(24, 96, generator=generator)
+    x += 0.1 * torch.randn(x.shape, generator=generator)
+    inputs = rivals.Inputs(x.T @ x / len(x), x.abs().mean(0))
     rounding = loss(rivals.round_to_nearest(weight, inputs, BITS, GROUP), weight, inputs)
-    assert loss(rivals.METHODS[method](weight, inputs, BITS, GROUP), weight, inputs) < 0.8 * rounding
+    assert loss(rivals.gptq(weight, inputs, BITS, GROUP), weight, inputs) < 0.5 * rounding
+
+
+def test_awq_loses_less_than_rounding_where_few_inputs_are_large(weight: Tensor) -> None:
+    x = torch.randn(2048, 96, generator=torch.Generator().manual_seed(5))
+    x[:, ::16] *= 30
+    inputs = rivals.Inputs(x.T @ x / len(x), x.abs().mean(0))
+    rounding = loss(rivals.round_to_nearest(weight, inputs, BITS, GROUP), weight, inputs)
+    assert loss(rivals.awq(weight, inputs, BITS, GROUP), weight, inputs) < 0.5 * rounding
 
 
 def test_clip_search_never_loses_against_the_full_range(weight: Tensor) -> None:
