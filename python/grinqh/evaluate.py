@@ -179,7 +179,7 @@ def evaluate(
     """Scores a converted model at several settings of the dial; the dial is left at the last.
 
     Args:
-        model: a converted model.
+        model: a converted model; any causal language model where rows are not graded and the dial is left alone.
         windows: see `token_windows`.
         read_bits: settings as `grinqh.set_bits` takes them; None leaves the dial as it is.
         reference: full-precision log-probabilities to compare with.
@@ -194,7 +194,8 @@ def evaluate(
         file=sys.stderr,
         disable=None if progress else True,
     )
-    count_reads(model, grade_rows)
+    if grade_rows:
+        count_reads(model)
     with steps, graded(model) if grade_rows else nullcontext():
         # Settings are the inner loop, so that only one window's reference is in memory.
         for ids in windows.ids:
@@ -202,12 +203,14 @@ def evaluate(
             for setting, sum_ in zip(read_bits, sums, strict=True):
                 if setting is not None:
                     set_bits(model, setting)
-                reset_read_stats(model)
+                if grade_rows:
+                    reset_read_stats(model)
                 sum_.add(ids, window_logits(model, ids), expected)
                 if grade_rows:
                     sum_.read_bits += read_stats(model).read_bits
                 steps.update()
-    count_reads(model, False)
+    if grade_rows:
+        count_reads(model, False)
     return [
         sum_.score(setting, len(windows.ids), grade_rows, reference is not None)
         for setting, sum_ in zip(read_bits, sums, strict=True)

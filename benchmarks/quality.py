@@ -1,0 +1,204 @@
+"""Quality against bits: grinqh beside the known methods, on the same models, layers, calibration and texts.
+
+    python benchmarks/quality.py --json benchmarks/results/quality.json
+    python benchmarks/quality.py --report benchmarks/results/quality.json    # docs/quality.md and its picture
+
+Every method quantizes every linear layer but the head, with the first half of Python's help topics as calibration
+text. Perplexity, KL divergence (nats per token) and top-1 agreement are against the model at full precision. grinqh and
+the activation-sparse rival grade every token on its own, as in decoding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import CACHE, stamp, write_json
+from quality_models import MODELS, NOISE_SEED, LabModel, linears, texts
+from quality_report import write_report
+from quality_rivals import METHODS, SCALE_BITS, Inputs
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import grinqh
+from grinqh.evaluate import Reference, Score, evaluate, token_windows
+
+READ_BITS = (4.0, 3.0, 2.5, 2.0)
+RIVAL_BITS = (4, 3, 2)
+STORED_BITS = (6.0, 5.0, 4.0)
+STORED_READ_BITS = 3.0
+HALF = 16  # bits of an unquantized weight
+
+
+def observe(lab: LabModel, ids: list[Tensor]) -> dict[str, Inputs]:
+    """What the layers' inputs look like over the calibration sequences."""
+    seen: dict[str, Inputs] = {}
+    rows = 0
+    with _hooked(lab.model, lambda name, x: _add(seen, name, x)):
+        for sequence in ids:
+            lab.model(input_ids=sequence[None])
+            rows += len(sequence)
+    return {name: Inputs(sums.hessian / rows, sums.mean_magnitude / rows) for name, sums in seen.items()}
+
+
+def _add(seen: dict[str, Inputs], name: str, x: Tensor) -> None:
+    sums = seen.setdefault(name, Inputs(torch.zeros(x.shape[1], x.shape[1]), torch.zeros(x.shape[1])))
+    sums.hessian += x.T @ x
+    sums.mean_magnitude += x.abs().sum(0)
+
+
+@contextmanager
+def _hooked(model: nn.Module, see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    def watch(name: str) -> Callable[..., None]:
+        return lambda _, arguments: see(name, arguments[0].reshape(-1, arguments[0].shape[-1]))
+
+    handles = [m.register_forward_pre_hook(watch(name)) for name, m in linears(model).items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Lab:
+    """One model with its texts, and the rows measured on it."""
+
+    def __init__(self, name: str, window: int, windows: int, calibration_tokens: int) -> None:
+        self.lab = LabModel.load(name)
+        calibration, evaluation = texts()
+        tokenizer = self.lab.tokenizer
+        cut = token_windows(tokenizer, calibration, 512, max(1, calibration_tokens // 512))
+        self.calibration = list(cut.ids)
+        self.windows = {text: token_windows(tokenizer, parts, window, windows) for text, parts in evaluation.items()}
+        original = copy.deepcopy(self.lab.model)
+        cached = f"{name}, noise {NOISE_SEED}, torch {torch.__version__}"
+        self.references = {text: Reference(lambda: original, CACHE / "quality", cached) for text in self.windows}
+        self.inputs = observe(self.lab, self.calibration)
+        self.weights = {n: m.weight.data.clone() for n, m in linears(self.lab.model).items()}
+        self.rows: list[dict[str, Any]] = []
+
+    def record(self, method: str, scores: dict[str, list[Score]], **about: Any) -> None:
+        """Adds a row for each text and setting."""
+        for text, of_text in scores.items():
+            for score in of_text:
+                row = {"model": self.lab.name, "text": text, "method": method, **about, **score.as_dict()}
+                if "read_bits" in about:
+                    row["read_bits"] = about["read_bits"]
+                self.rows.append(row)
+                print(json.dumps({k: row[k] for k in ("model", "text", "method", "read_bits", "log_ratio", "kl")}))
+
+    def dense_scores(self) -> dict[str, list[Score]]:
+        """The model as its weights stand."""
+        return {
+            text: evaluate(self.lab.model, w, reference=self.references[text], grade_rows=False, progress=False)
+            for text, w in self.windows.items()
+        }
+
+    def run_rivals(self, groups: list[int]) -> None:
+        """Each static method at each number of bits."""
+        settings = [(m, bits, group) for m in METHODS for bits in RIVAL_BITS for group in groups]
+        for method, bits, group in tqdm(settings, desc=f"{self.lab.name}: rivals", file=sys.stderr, disable=None):
+            for name, linear in linears(self.lab.model).items():
+                linear.weight.data = METHODS[method](self.weights[name], self.inputs[name], bits, group)
+            self.record(
+                f"{method}, groups of {group}", self.dense_scores(), read_bits=float(bits), stored_bits=float(bits),
+                scale_bits=SCALE_BITS / group,
+            )  # fmt: skip
+        self.restore()
+
+    def restore(self) -> None:
+        """The weights at full precision."""
+        for name, linear in linears(self.lab.model).items():
+            linear.weight.data = self.weights[name].clone()
+
+    def run_sparse(self) -> None:
+        """Activation sparsity: inputs below a layer's threshold are left out, weights stay in 16 bits."""
+        for bits in READ_BITS:
+            kept = bits / HALF
+            thresholds = {name: self._threshold(name, 1 - kept) for name in self.weights}
+            with _sparse(self.lab.model, thresholds):
+                scores = self.dense_scores()
+            self.record("activation sparsity", scores, read_bits=bits, stored_bits=float(HALF), scale_bits=0.0)
+
+    def _threshold(self, name: str, part: float) -> float:
+        return float(torch.quantile(self.samples[name], part))
+
+    @property
+    def samples(self) -> dict[str, Tensor]:
+        """Magnitudes of inputs of the calibration text, some for each layer."""
+        if not hasattr(self, "_samples"):
+            self._samples: dict[str, Tensor] = {}
+            with _hooked(self.lab.model, lambda n, x: self._samples.__setitem__(n, x.abs().flatten()[::7].clone())):
+                self.lab.model(input_ids=self.calibration[0][None])
+        return self._samples
+
+    def run_grinqh(self, config: grinqh.GrinqhConfig, settings: tuple[float, ...], about: str = "grinqh") -> None:
+        """The default recipe, or a changed one."""
+        model = grinqh.quantize_model(copy.deepcopy(self.lab.model), config, progress=False)
+        grinqh.calibrate(model, self.calibration, progress=False)
+        stored = grinqh.stored_bits(model)
+        block = 16 / config.block
+        scores = {
+            text: evaluate(model, w, settings, reference=self.references[text], progress=False)
+            for text, w in self.windows.items()
+        }
+        self.record(about, scores, stored_bits=stored, scale_bits=block)
+
+
+@contextmanager
+def _sparse(model: nn.Module, thresholds: dict[str, float]) -> Iterator[None]:
+    def skip(threshold: float) -> Callable[..., tuple[Tensor]]:
+        return lambda _, arguments: (arguments[0] * (arguments[0].abs() >= threshold),)
+
+    handles = [m.register_forward_pre_hook(skip(thresholds[name])) for name, m in linears(model).items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--report", type=Path, help="write docs/quality.md from these results, measure nothing")
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--groups", type=int, nargs="*", default=[64, 128], help="of the rivals (default: %(default)s)")
+    parser.add_argument("--window", type=int, default=512, help="tokens of a window (default: %(default)s)")
+    parser.add_argument("--windows", type=int, default=2, help="of each text (default: %(default)s)")
+    parser.add_argument("--calibration-tokens", type=int, default=4096, help="(default: %(default)s)")
+    options = parser.parse_args()
+    if options.report:
+        write_report(json.loads(options.report.read_text(encoding="utf-8")))
+        return
+
+    result = stamp() | {
+        "window": options.window,
+        "windows": options.windows,
+        "calibration_tokens": options.calibration_tokens,
+        "rows": [],
+    }
+    for name in options.models:
+        with torch.no_grad():
+            lab = Lab(name, options.window, options.windows, options.calibration_tokens)
+        with torch.enable_grad():
+            lab.run_grinqh(grinqh.GrinqhConfig(), (8.0, *READ_BITS))
+            for stored in STORED_BITS:
+                lab.run_grinqh(grinqh.GrinqhConfig(stored_bits=stored), (STORED_READ_BITS,), "grinqh, fewer stored")
+        with torch.no_grad():
+            lab.run_sparse()
+            lab.run_rivals(options.groups)
+        result["rows"] += lab.rows
+        if options.json:
+            write_json(options.json, result)
+
+
+if __name__ == "__main__":
+    main()

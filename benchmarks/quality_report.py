@@ -1,0 +1,92 @@
+"""docs/quality.md's tables and the frontier's picture from the results of quality.py."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from common import RESULTS, ROOT, describe_machine, markdown_table, replace_between_markers
+
+Row = dict[str, Any]
+
+
+def write_report(result: dict[str, Any]) -> None:
+    """Writes the generated part of docs/quality.md, and quality.png."""
+    parts = [f"Measured on: {describe_machine(result)} {_sample(result)}"]
+    for model in _values(result["rows"], "model"):
+        rows = [row for row in result["rows"] if row["model"] == model]
+        parts += [f"### {model}", read_table(rows), stored_table(rows)]
+    replace_between_markers(ROOT / "docs" / "quality.md", "quality-tables", "\n\n".join(parts))
+    _plot(result["rows"])
+
+
+def read_table(rows: list[Row]) -> str:
+    """ln(perplexity / full precision) and KL by method and read bits, one line for each text."""
+    static = [row for row in rows if row["method"] != "grinqh, fewer stored" and row["target"] != 8.0]
+    bits = sorted({_bits(row) for row in static}, reverse=True)
+    lines = []
+    for text in _values(rows, "text"):
+        for method in _values(static, "method"):
+            cells = {_bits(r): r for r in static if (r["text"], r["method"]) == (text, method)}
+            lines.append([f"{method}, {text}", *(_cell(cells.get(b)) for b in bits)])
+    return markdown_table(["ln(ppl / full), KL", *(f"{b:g} read bits" for b in bits)], lines)
+
+
+def stored_table(rows: list[Row]) -> str:
+    """The same for fewer stored bits, at one setting of the dial."""
+    of_grinqh = [r for r in rows if r["method"] == "grinqh, fewer stored"]
+    stored = sorted({round(r["stored_bits"]) for r in of_grinqh}, reverse=True)
+    lines = []
+    for text in _values(of_grinqh, "text"):
+        cells = {round(r["stored_bits"]): r for r in of_grinqh if r["text"] == text}
+        lines.append([f"grinqh at {_bits(of_grinqh[0]):g} read bits, {text}", *(_cell(cells[s]) for s in stored)])
+    return markdown_table(["ln(ppl / full), KL", *(f"{s:g} stored bits" for s in stored)], lines)
+
+
+def _cell(row: Row | None) -> str:
+    return "" if row is None else f"{row['log_ratio']:.4f}, {row['kl']:.4f}"
+
+
+def _bits(row: Row) -> float:
+    """The setting: what a dial was asked for, or what a static method has."""
+    return float(row["target"] if row["target"] is not None else row["read_bits"])
+
+
+def _values(rows: list[Row], key: str) -> list[str]:
+    return list(dict.fromkeys(row[key] for row in rows))
+
+
+def _sample(result: dict[str, Any]) -> str:
+    return (
+        f"{result['windows']} windows of {result['window']} tokens of each text; calibration with "
+        f"{result['calibration_tokens']:,} tokens."
+    )
+
+
+def _plot(rows: list[Row]) -> None:
+    """KL against bits, all texts together: bits read on the left, bits stored on the right, scales counted."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    models = _values(rows, "model")
+    figure, axes = plt.subplots(len(models), 2, figsize=(11, 4.2 * len(models)), layout="constrained", squeeze=False)
+    for line, model in zip(axes, models, strict=True):
+        for axis, kind in zip(line, ("read", "stored"), strict=True):
+            for method in _values(rows, "method"):
+                of_method = [r for r in rows if (r["model"], r["method"]) == (model, method)]
+                if kind == "stored":  # one point for each memory: at 3 read bits where there is a dial
+                    of_method = [r for r in of_method if r["target"] in (None, 3.0)]
+                points = defaultdict(list)
+                for row in of_method:
+                    points[round(row[f"{kind}_bits"] + row["scale_bits"], 1)].append(row["kl"])
+                curve = sorted((bits, sum(kls) / len(kls)) for bits, kls in points.items())
+                style = "o-" if method.startswith("grinqh") else "s--"
+                axis.semilogy(*zip(*curve, strict=True), style, markersize=4, label=method)
+            axis.set(xlabel=f"bits {kind} per weight, scales included", ylabel="KL divergence (nats)")
+            axis.set_title(f"{model}{'' if kind == 'read' else ', grinqh at 3 read bits'}", fontsize=10)
+            axis.grid(True, which="both", alpha=0.2)
+    axes[0][0].legend(fontsize=7)
+    figure.savefig(RESULTS / "quality.png", dpi=130)
+    plt.close(figure)
