@@ -98,6 +98,17 @@ def test_convert_reports_what_it_made(source: Path, text: Path, tmp_path: Path, 
     assert "--exclude down_proj lm_head" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
+def test_convert_makes_one_layer_of_projections_with_one_input(
+    source: Path, text: Path, tmp_path: Path, result: Callable[..., Any]
+) -> None:
+    apart = result("convert", source, tmp_path / "apart", "--calibration", text)
+    fused = result("convert", source, tmp_path / "fused", "--calibration", text, "--fuse")
+    assert fused["layers"] == apart["layers"] * 4 // 7  # qkv, o, gate and up, down
+    assert fused["weights"] == apart["weights"]
+    answer = result("generate", tmp_path / "fused", "the dial", "--max-new-tokens", 3, "--bits", 3)
+    assert answer["new_tokens"] == 3
+
+
 def test_convert_of_a_gguf_file_is_quiet_where_nobody_watches(
     text: Path, tmp_path: Path, result: Callable[..., Any]
 ) -> None:

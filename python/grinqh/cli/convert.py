@@ -39,6 +39,9 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--convert-lm-head", action="store_true", help="convert the output head, too")
     parser.add_argument(
+        "--fuse", action="store_true", help="make one layer of the q, k and v projections, and one of gate and up"
+    )
+    parser.add_argument(
         "--exclude",
         nargs="+",
         action="extend",
@@ -77,6 +80,7 @@ def run(options: argparse.Namespace) -> None:
         "read_bits": options.read_bits,
         "modules_to_not_convert": options.exclude,
         "convert_lm_head": options.convert_lm_head,
+        "fuse": options.fuse,
     }
     config = GrinqhConfig(**{name: value for name, value in given.items() if value is not None})
     device = find_device(options.device)
