@@ -16,6 +16,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +89,7 @@ class Lab:
         """Adds a row for each text and setting."""
         for text, of_text in scores.items():
             for score in of_text:
-                row = {"model": self.lab.name, "text": text, "method": method, **about, **score.as_dict()}
-                if "read_bits" in about:
-                    row["read_bits"] = about["read_bits"]
+                row = {"model": self.lab.name, "text": text, "method": method, **score.as_dict(), **about}
                 self.rows.append(row)
                 print(json.dumps({k: row[k] for k in ("model", "text", "method", "read_bits", "log_ratio", "kl")}))
 
@@ -130,14 +129,13 @@ class Lab:
     def _threshold(self, name: str, part: float) -> float:
         return float(torch.quantile(self.samples[name], part))
 
-    @property
+    @cached_property
     def samples(self) -> dict[str, Tensor]:
         """Magnitudes of inputs of the calibration text, some for each layer."""
-        if not hasattr(self, "_samples"):
-            self._samples: dict[str, Tensor] = {}
-            with _hooked(self.lab.model, lambda n, x: self._samples.__setitem__(n, x.abs().flatten()[::7].clone())):
-                self.lab.model(input_ids=self.calibration[0][None])
-        return self._samples
+        samples: dict[str, Tensor] = {}
+        with _hooked(self.lab.model, lambda name, x: samples.update({name: x.abs().flatten()[::7].clone()})):
+            self.lab.model(input_ids=self.calibration[0][None])
+        return samples
 
     def run_grinqh(self, config: grinqh.GrinqhConfig, settings: tuple[float, ...], about: str = "grinqh") -> None:
         """The default recipe, or a changed one."""

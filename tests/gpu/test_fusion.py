@@ -4,30 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_models import qwen3
 from torch import nn
 
 import grinqh
-
-transformers = pytest.importorskip("transformers")
 
 TEXT = torch.arange(400).reshape(1, -1) * 37 % 190
 
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.Qwen3Config(
-        vocab_size=200,
-        hidden_size=96,
-        intermediate_size=200,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    model = transformers.AutoModelForCausalLM.from_config(config).to("cuda", torch.float16).eval()
+    model = qwen3().to("cuda", torch.float16)
     grinqh.quantize_model(model, grinqh.GrinqhConfig(fuse=True), progress=False)
     grinqh.calibrate(model, TEXT, progress=False)
     return model

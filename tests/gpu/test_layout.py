@@ -20,6 +20,16 @@ def test_unpack_tiles_is_the_inverse_of_repack(widths: tuple[int, ...], n: int, 
 
 
 @pytest.mark.parametrize("widths", [(2, 2, 2, 2), (2, 1, 1, 2, 2), (4, 4), (8,)], ids=str)
+def test_fake_kernels_know_the_shapes_of_tile_order(widths: tuple[int, ...]) -> None:
+    layer = make_layer(300, 77, widths)
+    canonical = ([plane.cuda() for plane in layer.planes], layer.block_scale.cuda())
+    tiled = layer.cuda()
+    rest = (list(widths), 300, layer.block)
+    torch.library.opcheck(ops.repack.default, (*canonical, *rest))
+    torch.library.opcheck(ops.unpack_tiles.default, (tiled.planes, tiled.block_scale, *rest))
+
+
+@pytest.mark.parametrize("widths", [(2, 2, 2, 2), (2, 1, 1, 2, 2), (4, 4), (8,)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (256, 64), (300, 77), (520, 40)])
 def test_dequantize_gives_the_bits_of_the_cpu(widths: tuple[int, ...], dtype: torch.dtype, n: int, k: int) -> None:

@@ -9,36 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_models import tiny_model
+from tiny_source import make_source
 from torch import nn
 
 import grinqh
 from grinqh.cli import main
 
-transformers = pytest.importorskip("transformers")
-
 TEXT = torch.arange(400).reshape(1, -1) * 37 % 190
-
-
-def tiny_llama(**changes: object) -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=200,
-        hidden_size=96,
-        intermediate_size=200,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        eos_token_id=None,
-        pad_token_id=0,
-        **changes,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture(scope="module")
 def converted() -> nn.Module:
-    model = grinqh.quantize_model(tiny_llama(), progress=False)
+    model = grinqh.quantize_model(tiny_model(), progress=False)
     grinqh.calibrate(model, TEXT, progress=False)
     return model
 
@@ -83,8 +66,8 @@ def test_outputs_on_the_gpu_are_those_of_the_cpu(model: nn.Module, converted: nn
 
 
 def test_quantizing_on_the_gpu_gives_the_bits_of_the_cpu() -> None:
-    on_cpu = grinqh.quantize_model(tiny_llama(), progress=False)
-    on_gpu = grinqh.quantize_model(tiny_llama().to("cuda"), progress=False)
+    on_cpu = grinqh.quantize_model(tiny_model(), progress=False)
+    on_gpu = grinqh.quantize_model(tiny_model().to("cuda"), progress=False)
     assert all(layer.tiled for layer in grinqh.packed_layers(on_gpu).values())
     for name, layer in grinqh.packed_layers(on_cpu).items():
         other = grinqh.packed_layers(on_gpu)[name].tensors
@@ -93,7 +76,7 @@ def test_quantizing_on_the_gpu_gives_the_bits_of_the_cpu() -> None:
 
 
 def test_calibration_on_the_gpu_reads_the_bits_asked_for() -> None:
-    model = grinqh.quantize_model(tiny_llama().to("cuda"), progress=False)
+    model = grinqh.quantize_model(tiny_model().to("cuda"), progress=False)
     grinqh.calibrate(model, TEXT, progress=False)
     grinqh.set_bits(model, 3.0)
     grinqh.count_reads(model)
@@ -151,8 +134,6 @@ def test_one_compiled_graph_serves_every_setting_of_the_dial(model: nn.Module) -
 
 @pytest.mark.filterwarnings("ignore")  # the command line prints them
 def test_the_commands_run_on_the_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from tiny_source import make_source
-
     source, text = make_source(tmp_path / "source"), tmp_path / "text.txt"
     text.write_text("It was the best of times, it was the worst of times. " * 40, encoding="utf-8")
 
