@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from common import ROOT, stamp, write_json
-from decode_methods import FUSED_METHODS, METHODS, Method
+from decode_methods import METHODS, Method
 from decode_models import CONFIGS, build_model, model_config
 from decode_report import LISTS, together, write_report
 from replay import Replay, median_milliseconds
@@ -236,8 +236,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         **{kind: [] for kind in LISTS},
     }
     methods = [method for method in METHODS if method.name in options.methods]
-    if options.fuse:
-        methods += FUSED_METHODS
     wanted = [(name, method) for name in options.models for method in methods]
     for name, method in tqdm(wanted, desc="decode", unit="method", file=sys.stderr, disable=None):
         try:
@@ -267,7 +265,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--prefill", type=int, nargs="*", default=list(PREFILL_TOKENS), help="lengths of prompts")
     parser.add_argument("--layers", type=int, help="layers of the models, in place of their own number")
     parser.add_argument("--tiny", action="store_true", help="tiny models of the same architectures")
-    parser.add_argument("--fuse", action="store_true", help="time models with fused projections too")
     parser.add_argument("--compile", action="store_true", help="time torch.compile too, at batch 1")
     return parser.parse_args(arguments)
 

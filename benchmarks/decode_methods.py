@@ -71,8 +71,6 @@ METHODS = [
     Method("tinygemm int4, head too", torch.bfloat16, (4.0,), use_int4(head=True)),
     Method("grinqh", torch.float16, DIAL, use_grinqh(head=False), dial=True),
     Method("grinqh, head too", torch.float16, DIAL, use_grinqh(head=True), dial=True),
-]
-FUSED_METHODS = [
     Method("grinqh, fused", torch.float16, DIAL, use_grinqh(head=False, fuse=True), dial=True),
     Method("grinqh, fused, head too", torch.float16, DIAL, use_grinqh(head=True, fuse=True), dial=True),
 ]

@@ -79,7 +79,7 @@ def test_a_whole_run_on_a_tiny_model(
         "float16",
         "tinygemm int4",
         "grinqh",
-        "--fuse",
+        *FUSED,
         "--json",
         str(tmp_path / "results.json"),
     ]
