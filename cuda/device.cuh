@@ -9,12 +9,21 @@
 
 namespace grinqh::cuda {
 
-__device__ __forceinline__ float load_number(const void* from, std::int64_t i, Dtype dtype) {
+// The bits of a number of a run-time type: loading and converting are apart, so that a load need not be waited for.
+__device__ __forceinline__ unsigned load_bits(const void* from, std::int64_t i, Dtype dtype) {
+  return dtype == Dtype::f32 ? static_cast<const unsigned*>(from)[i] : static_cast<const std::uint16_t*>(from)[i];
+}
+
+__device__ __forceinline__ float to_float(unsigned bits, Dtype dtype) {
   switch (dtype) {
-    case Dtype::f16: return __half2float(static_cast<const __half*>(from)[i]);
-    case Dtype::bf16: return __bfloat162float(static_cast<const __nv_bfloat16*>(from)[i]);
-    default: return static_cast<const float*>(from)[i];
+    case Dtype::f16: return __half2float(__ushort_as_half(static_cast<std::uint16_t>(bits)));
+    case Dtype::bf16: return __uint_as_float(bits << 16);
+    default: return __uint_as_float(bits);
   }
+}
+
+__device__ __forceinline__ float load_number(const void* from, std::int64_t i, Dtype dtype) {
+  return to_float(load_bits(from, i, dtype), dtype);
 }
 
 __device__ __forceinline__ void store_number(void* to, std::int64_t i, Dtype dtype, float value) {

@@ -58,7 +58,7 @@ struct GemvArgs {
   const void* bias;
   void* y;
   float* partial;
-  unsigned* arrivals;  // [row groups][tiles]
+  unsigned* arrivals;  // [row groups][tiles][parts of a tile's outputs]
   unsigned* tickets;   // [row groups][slices], or null: every group of warps takes its tiles in a fixed stride
   Subplane sub[kMaxSubplanes];
   // Small tables in one register each, four bits an item.
@@ -88,8 +88,16 @@ struct Shared {
   static constexpr int kCodeBytes = kSlab * 64;
   static constexpr int kStageBytes = kCodeBytes + kSlab * kBlocks * 2;
   static constexpr int kRing = kWarps * kStages * kStageBytes;
-  static constexpr int kSums = kRing;  // int [groups][rows][tile]
-  static __host__ __device__ int entries(int groups) { return kSums + groups * kRows * kTile * 4; }
+  // int [groups][rows][kSumsRow]. The lanes of a warp add to different blocks and rows at once: the gaps between those
+  // send them to different banks.
+  static constexpr int kSums = kRing;
+  static constexpr int kGap = 8;
+  static constexpr int kRowGap = kRows == 1 ? 0 : (kRows == 2 ? 16 : 8);
+  static constexpr int kDenseRow = kTile + kGap * kBlocks;
+  static constexpr int kSumsRow = kDenseRow + (kRowGap + 32 - kDenseRow % 32) % 32;
+  static_assert(kSumsRow <= kMostSumsRow);
+  static __host__ __device__ constexpr int sum_of(int output) { return output + output / (kTile / kBlocks) * kGap; }
+  static __host__ __device__ int entries(int groups) { return kSums + groups * kRows * kSumsRow * 4; }
   static __host__ __device__ int values(int groups, int capacity) { return entries(groups) + capacity * 4; }
   static __host__ __device__ int total(int groups, int capacity) {
     return values(groups, capacity) + kRows * capacity * 4;
@@ -136,6 +144,13 @@ __device__ __noinline__ float nonfinite_sum(const GemvArgs& a, int slice, int ro
   return sum;
 }
 
+// A subplane as the copies of its runs need it: in shared memory, since the parameters' constant memory is slow to index.
+struct alignas(16) Source {
+  const std::uint8_t* runs;
+  std::uint32_t tile_bytes;
+  float unit;  // weight of a unit of its bits
+};
+
 template <int kRows, int kBlocks, bool kOneBit, int kWarps, int kStages, int kResident>
 __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __grid_constant__ GemvArgs a) {
   using Layout = Shared<kRows, kBlocks, kWarps, kStages>;
@@ -143,8 +158,8 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
   constexpr int kSubs = kOneBit ? kMaxSubplanes : 4;  // without 1-bit planes there are at most 4
   extern __shared__ __align__(128) std::uint8_t shared[];
   __shared__ int count[kSubs];
-  __shared__ unsigned bound_bits[kRows], nonfinite, last_arrival[kWarps];
-  __shared__ Subplane subplane[kSubs];   // read by index: the parameters' constant memory is slow at that
+  __shared__ unsigned bound_bits[kRows], nonfinite;
+  __shared__ Source source[kSubs];
   __shared__ int tile_queue[kWarps][4];  // by group: its tile of each turn, turns counted modulo 4
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -154,7 +169,7 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
   const int group = warp >> a.k_warp_bits, k_warp = warp & (k_warps - 1);
   const int workers = a.columns * groups, first_tile = blockIdx.y * groups + group;  // workers: groups on this slice
   const bool leader = k_warp == 0 && lane == 0;
-  int* sums = reinterpret_cast<int*>(shared + Layout::kSums) + group * kRows * kTile;
+  int* sums = reinterpret_cast<int*>(shared + Layout::kSums) + group * kRows * Layout::kSumsRow;
   int* entries = reinterpret_cast<int*>(shared + Layout::entries(groups));
   float* values = reinterpret_cast<float*>(shared + Layout::values(groups, a.capacity));
   const auto meet = [&] {  // the warps that share a tile
@@ -165,22 +180,25 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
     }
   };
 
-  // Before the previous kernel's results are there: all that x has no part in.
+  // Before the previous kernel's results are there: all that x has no part in. Nothing here waits for what it loads.
   struct Channel {
-    int index, feature, stored;  // stored: subplanes
-    float weight, scale;
+    int index, feature;  // an index of k or more: none
+    float weight;
+    __half bound;
   };
   const auto read_channel = [&](int round) {
-    Channel c{slice_chunk(round, slice, a.slices) * kSlab + lane, 0, 0, 0, 0};
-    if (round * a.slices < a.chunks && c.index < a.k) {
+    Channel c{slice_chunk(round, slice, a.slices) * kSlab + lane, 0, 0, __half(0)};
+    if (c.index < a.k) {
       c.feature = __ldg(&a.order[c.index]);
       c.weight = __ldg(&a.channel_weight[c.index]);
-      c.scale = __half2float(a.scale_bound[c.index]);
-#pragma unroll
-      for (int s = 0; s < kSubs; ++s) c.stored += c.index < a.sub[s].channels;
+      c.bound = a.scale_bound[c.index];
       if (c.index < a.prefetch_channels) {
-        for (int tile = blockIdx.y * groups; tile < min(a.tiles, (static_cast<int>(blockIdx.y) + 1) * groups); ++tile)
-          ptx::prefetch(a.sub[0].runs + run_offset(tile, c.index, a.sub[0].channels, a.sub[0].run));
+        const int end = min(a.tiles, (static_cast<int>(blockIdx.y) + 1) * groups);
+#pragma unroll 1
+        for (int tile = blockIdx.y * groups; tile < end; ++tile) {
+          ptx::prefetch(ptx::at(a.sub[0].runs, tile * a.sub[0].channels + c.index, a.sub[0].run));
+          if (lane % 16 == 0) ptx::prefetch(ptx::at(a.scale, tile * a.k + c.index, 2 * kBlocks));
+        }
       }
     }
     return c;
@@ -189,7 +207,12 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
   if (threadIdx.x < kSubs) count[threadIdx.x] = 0;
   if (threadIdx.x < kRows) bound_bits[threadIdx.x] = 0;
   if (threadIdx.x == 0) nonfinite = 0;
-  if (threadIdx.x < a.subs) subplane[threadIdx.x] = a.sub[threadIdx.x];
+  if (threadIdx.x < a.subs) {
+    const Subplane& sub = a.sub[threadIdx.x];
+    source[threadIdx.x] = {sub.runs, static_cast<std::uint32_t>(sub.channels) * sub.run,
+                           unit_weight(item(a.bits_of, threadIdx.x))};
+  }
+#pragma unroll 1
   for (int i = Layout::kSums + threadIdx.x * 16; i < Layout::total(groups, a.capacity); i += kWarps * 32 * 16)
     *reinterpret_cast<uint4*>(shared + i) = uint4{};
   __syncthreads();
@@ -205,19 +228,24 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
   const bool holds = lane < 16 && lane % 8 < a.subs;  // lane s: subplane s's threshold, lane 8 + s: its gain
   const float held = holds ? __ldcg(&(lane < 8 ? a.thresholds : a.gain)[item(a.grade_of, lane % 8) - 1]) : 0.0f;
   const auto read_x = [&](const Channel& c, int m) {
-    return c.stored > 0 && m < rows ? load_number(a.x, (first_row + m) * a.x_stride + c.feature, a.dtype) : 0.0f;
+    return c.index < a.sub[0].channels && m < rows
+               ? load_bits(a.x, (first_row + m) * a.x_stride + c.feature, a.dtype)
+               : 0;
   };
-  float bound[kRows], next_x[kRows];
+  float bound[kRows], factor[kRows];
+  unsigned next_x[kRows];
 #pragma unroll
   for (int m = 0; m < kRows; ++m) {
     bound[m] = 0;
     next_x[m] = read_x(channel, m);
+    factor[m] = a.factor && m < rows ? a.factor[first_row + m] : 1.0f;
   }
   float threshold[kSubs], gain[kSubs];  // by subplane: those of one plane share its grade
 #pragma unroll
   for (int s = 0; s < kSubs; ++s) {
     threshold[s] = __shfl_sync(~0u, held, s);
     gain[s] = __shfl_sync(~0u, held, 8 + s);
+    if (kRows == 1) threshold[s] = scaled_threshold(threshold[s], factor[0]);
   }
 #pragma unroll 1
   for (int round = warp; round * a.slices < a.chunks; round += kWarps) {
@@ -226,22 +254,21 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
     channel = next_channel;
 #pragma unroll
     for (int m = 0; m < kRows; ++m) {
-      x[m] = next_x[m];
+      x[m] = to_float(next_x[m], a.dtype);
       next_x[m] = read_x(channel, m);
     }
-    next_channel = read_channel(round + 2 * kWarps);
+    if constexpr (kMostSliceChunks > 2 * kWarps) next_channel = read_channel(round + 2 * kWarps);
     int read[kRows], most = 0;  // subplanes
 #pragma unroll
     for (int m = 0; m < kRows; ++m) {
-      const float factor = a.factor && m < rows ? a.factor[first_row + m] : 1.0f;
       const float importance = fabsf(x[m]) * c.weight;
       float chosen = 0;
       read[m] = 0;
 #pragma unroll
       for (int s = 0; s < kSubs; ++s) {
         // A NaN is read in full, so that it reaches the result as in a dense product.
-        const bool below = importance < scaled_threshold(threshold[s], factor);
-        const bool reads = (s < c.stored) & (m < rows) & !below;
+        const bool below = importance < (kRows == 1 ? threshold[s] : scaled_threshold(threshold[s], factor[m]));
+        const bool reads = (c.index < a.sub[s].channels) & (m < rows) & !below;
         read[m] = reads ? s + 1 : read[m];
         chosen = reads ? gain[s] : chosen;
       }
@@ -252,7 +279,7 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
         read[m] = 0;
         x[m] = 0;
       }
-      bound[m] = fmaxf(bound[m], fabsf(x[m]) * c.scale);
+      bound[m] = fmaxf(bound[m], fabsf(x[m]) * __half2float(c.bound));
     }
     unsigned readers[kSubs];
     int base = 0;
@@ -261,16 +288,14 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
       readers[s] = __ballot_sync(~0u, most > s);
       if (lane == s) base = __popc(readers[s]);
     }
-    if (base > 0) base = atomicAdd(&count[lane], base);
+    if (lane < kSubs) base = atomicAdd(&count[lane], base);
 #pragma unroll
     for (int s = 0; s < kSubs; ++s) {
       const int at = a.slice_channels * s + __shfl_sync(~0u, base, s) + __popc(readers[s] & ((1u << lane) - 1));
       if (most > s) {
-        // Row r of a slab in shared memory is row 16 * (r / 16) + 4 * (r % 4) + r / 4 % 4 of the operand.
-        const int value_at = (at & ~15) + at % 4 * 4 + at / 4 % 4;
         entries[at] = c.index;
 #pragma unroll
-        for (int m = 0; m < kRows; ++m) values[m * a.capacity + value_at] = read[m] > s ? x[m] : 0.0f;
+        for (int m = 0; m < kRows; ++m) values[m * a.capacity + at] = read[m] > s ? x[m] : 0.0f;
       }
     }
   }
@@ -298,60 +323,67 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
   if (drawn) meet();
   struct Slab {
     int sub, at;  // at: its first entry in its list
+    float unit;   // weight of a unit of its bits
   };
   const auto find = [&](int slab) {
-    Slab found{0, slab};
+    Slab found{0, slab, 0};
 #pragma unroll
     for (int s = 0; s + 1 < kSubs; ++s) {
-      if (slab >= end[s]) found = {s + 1, slab - end[s]};
+      if (slab >= end[s]) found = {s + 1, slab - end[s], 0};
     }
     found.at = found.at * kSlab + found.sub * a.slice_channels;
     return found;
   };
   std::uint8_t* ring = shared + warp * kStages * Layout::kStageBytes;
 
-  // Starts the copies of this warp's next slab: runs of 64 bytes swizzled so that reading them has no
-  // bank conflicts, and the channels' block scales.
-  const std::uint32_t run_to = ptx::shared_address(ring) + g * 64 + (t ^ (g / 2 % 2 * 2)) * 16;
-  const std::uint32_t scale_to = ptx::shared_address(ring) + Layout::kCodeBytes + lane * 2 * kBlocks;
+  // Starts the copies of this warp's next slab: its runs and its channels' block scales. Entry e of the list goes to
+  // row_of(e), so that the four channels of a lane's operand are neighbours in the list; a run's 16-byte parts are
+  // swizzled so that reading them has no bank conflicts.
+  const auto row_of = [](int entry) { return entry / 16 * 16 + entry % 4 * 4 + entry / 4 % 4; };  // its own inverse
+  const std::uint32_t ring_at = ptx::shared_address(ring), entries_at = ptx::shared_address(entries);
+  const std::uint32_t run_to = ptx::kept(ring_at + row_of(4 * g) * 64 + (t ^ (g / 2 % 2 * 2)) * 16);
+  const std::uint32_t scale_to = ptx::kept(ring_at + Layout::kCodeBytes + row_of(lane) * 2 * kBlocks);
+  const std::uint32_t list_at = ptx::kept(entries_at + g * 16);
   int load_tile = slabs ? first_tile : a.tiles, load_slab = k_warp, load_turn = 0;
-  const auto load = [&](int stage) {
+  const auto load = [&](std::uint32_t stage_at) {
+    Slab slab{};
     while (load_slab >= slabs && load_tile < a.tiles) {
       load_slab -= slabs;
       ++load_turn;
       load_tile = drawn ? tile_queue[group][load_turn % 4] : load_tile + workers;
     }
     if (load_tile < a.tiles) {
-      const Slab slab = find(load_slab);
-      const int* list = entries + slab.at;
-      const Subplane& sub = subplane[slab.sub];
-      const int mine = list[lane];
+      slab = find(load_slab);
+      const Source from = source[slab.sub];
+      slab.unit = from.unit;
+      const std::uint8_t* runs = ptx::at(from.runs, load_tile, from.tile_bytes);
+      const std::uint8_t* scales = ptx::at(a.scale, load_tile, static_cast<std::uint32_t>(a.k) * (2 * kBlocks));
+      std::uint32_t mine;  // the channel of entry `lane`
       if (!kOneBit || !(a.one_bit >> slab.sub & 1)) {
-        int channel[4];
+        const uint4 channels = ptx::load_shared4(list_at + slab.at * 4);
+        const std::uint32_t channel[4] = {channels.x, channels.y, channels.z, channels.w};
 #pragma unroll
-        for (int i = 0; i < 4; ++i) channel[i] = list[g + 8 * i];
-        const std::uint8_t* runs = sub.runs + static_cast<std::int64_t>(load_tile) * sub.channels * 64 + t * 16;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          ptx::copy_async<16>(run_to + stage * Layout::kStageBytes + i * 512,
-                              runs + static_cast<std::uint64_t>(channel[i]) * 64);
-        }
+        for (int i = 0; i < 4; ++i)
+          ptx::copy_async<16>(run_to + stage_at + i * 256, ptx::at(runs + t * 16, channel[i], 64));
+        mine = t < 2 ? (t == 0 ? channels.x : channels.y) : (t == 2 ? channels.z : channels.w);
       } else {
-        const std::uint8_t* runs = sub.runs + static_cast<std::int64_t>(load_tile) * sub.channels * 32 + lane % 2 * 16;
-        const std::uint32_t to = ptx::shared_address(ring) + stage * Layout::kStageBytes + lane * 16;
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
-          ptx::copy_async<16>(to + i * 512, runs + static_cast<std::uint64_t>(list[lane / 2 + 16 * i]) * 32);
+        for (int i = 0; i < 2; ++i) {
+          const int row = lane / 2 + 16 * i;
+          ptx::copy_async<16>(ring_at + stage_at + row * 32 + lane % 2 * 16,
+                              ptx::at(runs + lane % 2 * 16, ptx::load_shared(entries_at + (slab.at + row_of(row)) * 4), 32));
+        }
+        mine = ptx::load_shared(entries_at + (slab.at + lane) * 4);
       }
-      const __half* scale = a.scale + static_cast<std::int64_t>(load_tile) * a.k * kBlocks;
-      ptx::copy_async<2 * kBlocks>(scale_to + stage * Layout::kStageBytes,
-                                   scale + static_cast<std::uint64_t>(mine) * kBlocks);
+      ptx::copy_async<2 * kBlocks>(scale_to + stage_at, ptx::at(scales, mine, 2 * kBlocks));
       load_slab += k_warps;
     }
     ptx::commit_copies();
+    return slab;
   };
-#pragma unroll 1
-  for (int i = 0; i < kStages - 1; ++i) load(i);
+  Slab ahead[kStages - 1];  // the slabs that are being copied
+#pragma unroll
+  for (int i = 0; i < kStages - 1; ++i) ahead[i] = load(i * Layout::kStageBytes);
 
   int sum[Column::kParts][16][4], centre[Column::kParts][Column::kOperands];
   const auto clear = [&] {
@@ -368,28 +400,30 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
   };
   clear();
   const int my_block = g / Column::kPerBlock % Column::kBlocksEach, my_row = g % Column::kPerBlock / 2;
-  const float first_weight = unit_weight(item(a.bits_of, 0));
+  const float first_unit = source[0].unit;
   float to_integer[Column::kParts];
 #pragma unroll
   for (int part = 0; part < Column::kParts; ++part) {
-    const float largest = __uint_as_float(bound_bits[part * Column::kRowsEach + my_row]) * first_weight;
+    const float largest = __uint_as_float(bound_bits[part * Column::kRowsEach + my_row]) * first_unit;
     to_integer[part] = largest > 1e-30f ? __fdividef(kLargest, largest) : 0.0f;
   }
   const std::uint32_t pick = g % 2 ? 0x51 : 0x40, flip = g % 2 ? 0 : 0x80808080u;
-  const float* my_values = values + my_row * a.capacity + t * 4;
-  const std::uint8_t* my_codes = ring + t * 64 + ((g / 2) ^ (t / 2 * 2)) * 16 + g % 2 * 8;
-  const __half* my_scales = reinterpret_cast<const __half*>(ring + Layout::kCodeBytes) + t * kBlocks + my_block;
+  const std::uint32_t my_values = ptx::kept(ptx::shared_address(values + my_row * a.capacity + t * 4));
+  const std::uint32_t my_codes = ptx::kept(ring_at + t * 64 + ((g / 2) ^ (t / 2 * 2)) * 16 + g % 2 * 8);
+  const std::uint32_t my_scales = ptx::kept(ring_at + Layout::kCodeBytes + (t * kBlocks + my_block) * 2);
 
-  int stage = 0, slab = k_warp, turn = 0;
+  std::uint32_t stage_at = 0, free_at = (kStages - 1) * Layout::kStageBytes;  // the slab's stage; that of the one before
+  int slab = k_warp, turn = 0;
 #pragma unroll 1
   for (int tile = first_tile; tile < a.tiles;) {
+    if (k_warp == 0 && tile * kTile + lane * 32 < a.n && lane < kTile / 32)
+      ptx::prefetch(a.row_scale + tile * kTile + lane * 32);
     // For the turn after the next; nothing waits for it before this tile is done.
     const unsigned later = leader && drawn ? atomicAdd(ticket, 1) : 0;
 #pragma unroll 1
     for (; slab < slabs; slab += k_warps) {
-      const Slab now = find(slab);
+      const Slab now = ahead[0];
       const bool is_two = !kOneBit || !(a.one_bit >> now.sub & 1);
-      const float weight = unit_weight(item(a.bits_of, now.sub));
       ptx::wait_copies<kStages - 2>();
       __syncwarp();
 
@@ -400,13 +434,11 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           if (is_two) {
-            const uint2 v =
-                *reinterpret_cast<const uint2*>(my_codes + stage * Layout::kStageBytes + (h * 16 + i * 4) * 64);
+            const uint2 v = ptx::load_shared2(my_codes + stage_at + (h * 16 + i * 4) * 64);
             first[h][i] = v.x;
             second[h][i] = v.y;
           } else {
-            first[h][i] = *reinterpret_cast<const std::uint32_t*>(ring + stage * Layout::kStageBytes +
-                                                                  (h * 16 + i * 4 + t) * 32 + g * 4);
+            first[h][i] = ptx::load_shared(ring_at + stage_at + (h * 16 + i * 4 + t) * 32 + g * 4);
           }
         }
       }
@@ -417,25 +449,33 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
         float scale[4][Column::kOperands];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const __half* from = my_scales + stage * (Layout::kStageBytes / 2) + (h * 16 + i * 4) * kBlocks;
+          const std::uint32_t from = my_scales + stage_at + (h * 16 + i * 4) * kBlocks * 2;
           if constexpr (Column::kBlocksEach == 1) {
             // Every lane needs all blocks of its channels: one wide load.
-            using Wide = std::conditional_t<kBlocks == 2, unsigned, std::conditional_t<kBlocks == 4, uint2, uint4>>;
-            const Wide wide = *reinterpret_cast<const Wide*>(from);
-            const __half* halves = reinterpret_cast<const __half*>(&wide);
+            std::uint32_t wide[kBlocks / 2];
+            if constexpr (kBlocks == 2) {
+              wide[0] = ptx::load_shared(from);
+            } else if constexpr (kBlocks == 4) {
+              *reinterpret_cast<uint2*>(wide) = ptx::load_shared2(from);
+            } else {
+              *reinterpret_cast<uint4*>(wide) = ptx::load_shared4(from);
+            }
 #pragma unroll
-            for (int f = 0; f < kBlocks; ++f) scale[i][f] = __half2float(halves[f]);
+            for (int f = 0; f < kBlocks; ++f)
+              scale[i][f] = __half2float(__ushort_as_half(static_cast<std::uint16_t>(wide[f / 2] >> (f % 2 * 16))));
           } else {
 #pragma unroll
-            for (int f = 0; f < Column::kOperands; ++f) scale[i][f] = __half2float(from[f * Column::kBlocksEach]);
+            for (int f = 0; f < Column::kOperands; ++f)
+              scale[i][f] = __half2float(ptx::load_shared_half(from + f * Column::kBlocksEach * 2));
           }
         }
 #pragma unroll
         for (int part = 0; part < Column::kParts; ++part) {
-          const float unit = to_integer[part] * weight;
-          const float4 v =
-              *reinterpret_cast<const float4*>(my_values + part * Column::kRowsEach * a.capacity + now.at + h * 16);
-          const float value[4] = {v.x * unit, v.y * unit, v.z * unit, v.w * unit};
+          const float unit = to_integer[part] * now.unit;
+          const uint4 v =
+              ptx::load_shared4(my_values + (part * Column::kRowsEach * a.capacity + now.at + h * 16) * 4);
+          const float value[4] = {__uint_as_float(v.x) * unit, __uint_as_float(v.y) * unit,
+                                  __uint_as_float(v.z) * unit, __uint_as_float(v.w) * unit};
 #pragma unroll
           for (int f = 0; f < Column::kOperands; ++f) {
             std::uint32_t q[4];
@@ -448,7 +488,9 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
           }
         }
       }
-      load(stage == 0 ? kStages - 1 : stage - 1);  // the stage that was read one slab ago
+#pragma unroll
+      for (int i = 0; i + 2 < kStages; ++i) ahead[i] = ahead[i + 1];
+      ahead[kStages - 2] = load(free_at);
 
       // One channel per byte; then each matrix tile's codes, masked in place. Masks that grow within a
       // block save the last one: a tile's sum is the difference from the one before.
@@ -479,7 +521,8 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
           }
         }
       }
-      stage = stage + 1 == kStages ? 0 : stage + 1;
+      free_at = stage_at;
+      stage_at = stage_at == (kStages - 1) * Layout::kStageBytes ? 0 : stage_at + Layout::kStageBytes;
     }
     slab -= slabs;
 
@@ -511,7 +554,7 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
         }
         if (pair_block < Column::kBlocksEach) {
           const int i = (f * Column::kBlocksEach + pair_block) * kTilesEach + j;
-          int* to = &sums[(part * Column::kRowsEach + pair_row) * kTile + 16 * i + g];
+          int* to = &sums[(part * Column::kRowsEach + pair_row) * Layout::kSumsRow + Layout::sum_of(16 * i) + g];
           const int down = 2 * (i % 4);
           const int upper = 2 * (256 * (whole[1] >> down) + (whole[0] >> down)) - centred;
           const int lower = 2 * (256 * (whole[3] >> down) + (whole[2] >> down)) - centred;
@@ -532,55 +575,74 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
     }
     meet();
 
-    // Shared memory -> float32 of the slice, or the result where there is one slice only; four outputs a thread.
-    const int outputs = min(kTile, a.n - tile * kTile);
+    // Shared memory -> float32 of the slice, or the result where there is one slice only; four outputs a thread. From
+    // here on every warp goes its own way: its part of the tile has an arrival counter of its own.
+    const int first_output = (k_warp * 32 + lane) * 4, step = k_warps * 128;
     const std::int64_t slice_stride = static_cast<std::int64_t>(a.m) * a.tiles * kTile;
-    const auto finish = [&](int row, int first, const float4& sum_of_slices) {
+    const auto part_of = [&](int i) {  // the place of outputs i.. of a slice's sums
+      const std::int64_t row = first_row + i / kTile;
+      return (row * a.tiles + tile) * kTile + i % kTile;
+    };
+    const auto finish = [&](int i, const float4& sum_of_slices, const float (&scale)[4], const unsigned (&bias)[4]) {
       const float total[4] = {sum_of_slices.x, sum_of_slices.y, sum_of_slices.z, sum_of_slices.w};
+      const std::int64_t output = tile * kTile + i % kTile, to = (first_row + i / kTile) * std::int64_t{a.n} + output;
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        if (first + e >= outputs) break;
-        const int output = tile * kTile + first + e;
-        float y = total[e] * a.row_scale[output];
-        if (a.bias) y += load_number(a.bias, output, a.dtype);
-        store_number(a.y, static_cast<std::int64_t>(row) * a.n + output, a.dtype, y);
+        float y = total[e] * scale[e];
+        if (a.bias) y += to_float(bias[e], a.dtype);
+        if (output + e < a.n) store_number(a.y, to + e, a.dtype, y);
       }
     };
-    const int first_output = (k_warp * 32 + lane) * 4;
+    const auto read_outputs = [&](int i, float (&scale)[4], unsigned (&bias)[4]) {
+      const int output = tile * kTile + i % kTile;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const bool exists = output + e < a.n;
+        scale[e] = exists ? __ldg(&a.row_scale[output + e]) : 0.0f;
+        bias[e] = exists && a.bias ? load_bits(a.bias, output + e, a.dtype) : 0;
+      }
+    };
 #pragma unroll 1
-    for (int i = first_output; i < rows * kTile; i += k_warps * 128) {
-      const int m = i / kTile, row = first_row + m;
-      const int4 whole = *reinterpret_cast<int4*>(&sums[i]);
-      *reinterpret_cast<int4*>(&sums[i]) = int4{};
-      const float unit = __uint_as_float(bound_bits[m]) * (0.5f / kLargest * first_weight);
+    for (int i = first_output; i < rows * kTile; i += step) {
+      const int m = i / kTile;
+      int4* sums_at = reinterpret_cast<int4*>(&sums[m * Layout::kSumsRow + Layout::sum_of(i % kTile)]);
+      const int4 whole = *sums_at;
+      *sums_at = int4{};
+      const float unit = __uint_as_float(bound_bits[m]) * (0.5f / kLargest * first_unit);
       float4 part{unit * whole.x, unit * whole.y, unit * whole.z, unit * whole.w};
       if (nonfinite >> m & 1) {
-        const int output = tile * kTile + i % kTile;
+        const int output = tile * kTile + i % kTile, row = first_row + m;
         part.x += nonfinite_sum(a, slice, row, output);
         part.y += nonfinite_sum(a, slice, row, output + 1);
         part.z += nonfinite_sum(a, slice, row, output + 2);
         part.w += nonfinite_sum(a, slice, row, output + 3);
       }
       if (a.slices > 1) {
-        __stcg(reinterpret_cast<float4*>(a.partial + slice * slice_stride +
-                                         (static_cast<std::int64_t>(row) * a.tiles + tile) * kTile + i % kTile),
-               part);
+        __stcg(reinterpret_cast<float4*>(a.partial + slice * slice_stride + part_of(i)), part);
       } else {
-        finish(row, i % kTile, part);
+        float scale[4];
+        unsigned bias[4];
+        read_outputs(i, scale, bias);
+        finish(i, part, scale, bias);
       }
     }
-    if (a.slices > 1) {
-      meet();
-      unsigned* arrivals = a.arrivals + blockIdx.z * a.tiles + tile;
-      // The barriers before and after carry the group's stores, and the others' stores to the group.
-      if (k_warp == 0 && lane == 0) last_arrival[group] = ptx::arrive(arrivals) == static_cast<unsigned>(a.slices - 1);
-      meet();
-      if (last_arrival[group]) {
-        if (k_warp == 0 && lane == 0) *arrivals = 0;
+    if (a.slices > 1 && k_warp * 128 < rows * kTile) {
+      unsigned* arrivals =
+          a.arrivals + (blockIdx.z * a.tiles + tile) * gemv_parts(k_warps, kRows) + k_warp;
+      bool last = false;
+      // The warp's barriers carry its stores to the counter, and the others' stores from it.
+      __syncwarp();
+      if (lane == 0) last = ptx::arrive(arrivals) == static_cast<unsigned>(a.slices - 1);
+      last = __shfl_sync(~0u, last, 0);
+      __syncwarp();
+      if (last) {
+        if (lane == 0) *arrivals = 0;
 #pragma unroll 1
-        for (int i = first_output; i < rows * kTile; i += k_warps * 128) {
-          const int row = first_row + i / kTile;
-          const float* parts = a.partial + (static_cast<std::int64_t>(row) * a.tiles + tile) * kTile + i % kTile;
+        for (int i = first_output; i < rows * kTile; i += step) {
+          float scale[4];
+          unsigned bias[4];
+          read_outputs(i, scale, bias);
+          const float* parts = a.partial + part_of(i);
           float4 total{};
 #pragma unroll 8
           for (int s = 0; s < a.slices; ++s) {
@@ -590,13 +652,13 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
             total.z += part.z;
             total.w += part.w;
           }
-          finish(row, i % kTile, total);
+          finish(i, total, scale, bias);
         }
       }
     }
-    meet();
     ++turn;
     tile = drawn ? tile_queue[group][turn % 4] : tile + workers;
+    if (tile < a.tiles) meet();  // before the next tile's sums
   }
 }
 

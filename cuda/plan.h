@@ -48,6 +48,14 @@ constexpr GemvInstance gemv_instance(std::int64_t m, bool one_bit, bool large) {
   return rows == 1 && !one_bit ? GemvInstance{1, 16, 3} : GemvInstance{rows, 8, 4};
 }
 
+inline constexpr int kMostSliceChunks = 32;      // of kSlab channels, in one slice
+inline constexpr int kMostSumsRow = kTile + 80;  // ints of a row's sums with the gaps between its blocks
+
+// Parts of a tile's outputs that arrive on their own: one for each warp that has 128 outputs of the rows or more.
+GRINQH_HOST_DEVICE constexpr int gemv_parts(int k_warps, int rows) {
+  return k_warps < 2 * rows ? k_warps : 2 * rows;
+}
+
 // More rows than an instance takes are further layers of the grid.
 constexpr std::int64_t gemv_layers(std::int64_t m, bool large) {
   const int rows = gemv_instance(m, false, large).rows;
@@ -62,14 +70,14 @@ inline constexpr int kStageBytes = kSlab * (run_bytes(2) + 16);
 // The shared memory that an instance needs: copies in flight, sums of the groups, and for each channel and
 // subplane an entry of a list with a value for each row.
 constexpr int shared_bytes(const GemvInstance& instance, int k_warps, int subplanes, int slice_chunks) {
-  return instance.warps * instance.stages * kStageBytes + instance.warps / k_warps * instance.rows * kTile * 4 +
+  return instance.warps * instance.stages * kStageBytes + instance.warps / k_warps * instance.rows * kMostSumsRow * 4 +
          slice_chunks * kSlab * subplanes * 4 * (1 + instance.rows) + 2048;
 }
 
 // It bounds a slice, for the instances of any number of rows: with all warps on one tile, all must fit.
 constexpr int most_slice_chunks(const GemvShape& shape, const Gpu& gpu) {
   const bool large = gpu.shared_bytes >= kLargeShared;
-  int chunks = 32;
+  int chunks = kMostSliceChunks;
   for (int m = 1; m <= 8; m *= 2) {
     const GemvInstance instance = gemv_instance(m, shape.one_bit, large);
     while (chunks > 1 && shared_bytes(instance, instance.warps, shape.subplanes, chunks) > gpu.shared_bytes) --chunks;
@@ -128,13 +136,14 @@ inline GemvPlan plan_gemv(const GemvShape& shape, const Gpu& gpu) {
   return plan;
 }
 
-// Workspace: floats for the slices' sums, and counters (one per tile, then one per slice, for each layer of
-// the grid) that are zero before and after.
+// Workspace: floats for the slices' sums, and counters (one for each part of a tile, then one for each slice, in every
+// layer of the grid) that are zero before and after.
 constexpr std::int64_t gemv_partial_count(const GemvPlan& plan, std::int64_t n, std::int64_t m) {
   return plan.slices > 1 ? plan.slices * m * tile_count(n) * kTile : 0;
 }
 constexpr std::int64_t gemv_tile_counters(const GemvPlan& plan, std::int64_t n, std::int64_t m) {
-  return gemv_layers(m, plan.large) * tile_count(n);
+  return gemv_layers(m, plan.large) * tile_count(n) *
+         gemv_parts(plan.k_warps, gemv_instance(m, false, plan.large).rows);
 }
 constexpr std::int64_t gemv_counter_count(const GemvPlan& plan, std::int64_t n, std::int64_t m) {
   return gemv_tile_counters(plan, n, m) + gemv_layers(m, plan.large) * plan.slices;

@@ -1,11 +1,42 @@
 // Every instruction that CUDA C++ has no name for, wrapped once.
 #pragma once
+#include <cuda_fp16.h>
+
 #include <cstdint>
 
 namespace grinqh::cuda::ptx {
 
 __device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// The value, as if it came from elsewhere: the assembler would rather compute an address anew wherever it is used than
+// keep it in a register. All lanes of the warp must call it together.
+__device__ __forceinline__ std::uint32_t kept(std::uint32_t value) { return __shfl_xor_sync(~0u, value, 0); }
+
+// Loads from an address in shared memory.
+__device__ __forceinline__ std::uint32_t load_shared(std::uint32_t address) {
+  std::uint32_t value;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+__device__ __forceinline__ __half load_shared_half(std::uint32_t address) {
+  std::uint16_t value;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(address) : "memory");
+  return __ushort_as_half(value);
+}
+__device__ __forceinline__ uint2 load_shared2(std::uint32_t address) {
+  uint2 value;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(address) : "memory");
+  return value;
+}
+__device__ __forceinline__ uint4 load_shared4(std::uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
 }
 
 // Asynchronous copy of kBytes from global to shared memory; with `valid` false, zeros are written.
@@ -20,6 +51,13 @@ __device__ __forceinline__ void copy_async(std::uint32_t to, const void* from, b
                  : "memory");
   }
 }
+// base + index * stride, in one instruction: the compiler would take sums of products apart.
+__device__ __forceinline__ const std::uint8_t* at(const void* base, std::uint32_t index, std::uint32_t stride) {
+  std::uint64_t address;
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(address) : "r"(index), "r"(stride), "l"(base));
+  return reinterpret_cast<const std::uint8_t*>(address);
+}
+
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
 __device__ __forceinline__ void wait_copies() {
