@@ -10,7 +10,8 @@
 //   they depend neither on the order of the list nor on the other rows' channels.
 //
 //   columns of one operand, 4 blocks of 64 outputs, one row:   | b0 lo | b0 hi | b1 lo | ... | b3 hi |
-//   Every column meets every output; a lane keeps the outputs that lie in its column's block.
+//   A matrix tile of outputs meets the columns of its own block, the others being masked, so that the tiles at one
+//   place of different blocks share their sums' registers.
 //
 // SUMS  warp: integers in registers -> block: integers in shared memory -> slice: float32 in `partial`
 //   -> the last block to arrive at a tile adds the slices in their order.
@@ -385,17 +386,20 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) ahead[i] = load(i * Layout::kStageBytes);
 
-  int sum[Column::kParts][16][4], centre[Column::kParts][Column::kOperands];
+  constexpr int kTilesEach = 16 / kBlocks;  // matrix tiles of a block
+  int sum[Column::kParts][Column::kOperands][kTilesEach][4], centre[Column::kParts][Column::kOperands];
   const auto clear = [&] {
 #pragma unroll
     for (int part = 0; part < Column::kParts; ++part) {
 #pragma unroll
-      for (int i = 0; i < 16; ++i) {
+      for (int f = 0; f < Column::kOperands; ++f) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) sum[part][i][e] = 0;
+        for (int j = 0; j < kTilesEach; ++j) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) sum[part][f][j][e] = 0;
+        }
+        centre[part][f] = 0;
       }
-#pragma unroll
-      for (int f = 0; f < Column::kOperands; ++f) centre[part][f] = 0;
     }
   };
   clear();
@@ -494,7 +498,7 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
 
       // One channel per byte; then each matrix tile's codes, masked in place. Masks that grow within a
       // block save the last one: a tile's sum is the difference from the one before.
-      constexpr int kNested = 16 / kBlocks < 4 ? 16 / kBlocks : 4;
+      constexpr int kNested = kTilesEach < 4 ? kTilesEach : 4;
 #pragma unroll
       for (int p = 0; p < 4; ++p) {
         std::uint32_t code[4];  // rows g and g + 8, channels of h = 0 and of h = 1
@@ -510,14 +514,16 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
         }
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const int i = 4 * p + j, f = i / (16 / kBlocks) / Column::kBlocksEach;
+          const int i = 4 * p + j, tile_block = i / kTilesEach;
+          const int f = tile_block / Column::kBlocksEach, b = tile_block % Column::kBlocksEach;
           std::uint32_t mask = 0;
 #pragma unroll
-          for (int b = j - j % kNested; b <= j; ++b) mask |= (is_two ? 0x03030303u : 0x01010101u) << (2 * b);
+          for (int n = j - j % kNested; n <= j; ++n) mask |= (is_two ? 0x03030303u : 0x01010101u) << (2 * n);
 #pragma unroll
           for (int part = 0; part < Column::kParts; ++part) {
-            ptx::mma_u8_s8(sum[part][i], code[0] & mask, code[1] & mask, code[2] & mask, code[3] & mask,
-                           coefficient[part][f][0], coefficient[part][f][1]);
+            const std::uint32_t mine = Column::kBlocksEach == 1 || my_block == b ? ~0u : 0u;
+            ptx::mma_u8_s8(sum[part][f][i % kTilesEach], code[0] & mask, code[1] & mask, code[2] & mask,
+                           code[3] & mask, coefficient[part][f][0] & mine, coefficient[part][f][1] & mine);
           }
         }
       }
@@ -527,8 +533,7 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
     slab -= slabs;
 
     // Registers -> shared memory: twice the centred sums, as integers. A lane's two columns are the
-    // bytes of one row and block: it keeps the matrix tiles of that block.
-    constexpr int kTilesEach = 16 / kBlocks;
+    // bytes of one row and block.
     const int pair_block = 2 * t / Column::kPerBlock, pair_row = 2 * t % Column::kPerBlock / 2;
 #pragma unroll
     for (int operand = 0; operand < Column::kParts * Column::kOperands; ++operand) {
@@ -540,15 +545,11 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
       int before[4];
 #pragma unroll
       for (int j = 0; j < kTilesEach; ++j) {
-        int kept[4], whole[4];
+        const int(&kept)[4] = sum[part][f][j];
+        int whole[4];
         const bool exact = j % 4 == 0;  // not nested
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          kept[e] = sum[part][f * Column::kBlocksEach * kTilesEach + j][e];
-#pragma unroll
-          for (int b = 1; b < Column::kBlocksEach; ++b) {
-            if (pair_block == b) kept[e] = sum[part][(f * Column::kBlocksEach + b) * kTilesEach + j][e];
-          }
           whole[e] = exact ? kept[e] : kept[e] - before[e];
           before[e] = kept[e];
         }
@@ -749,7 +750,7 @@ GemvArgs device_args(const GemvParams& p) {
 template <int kRows, int kBlocks, bool kOneBit, bool kLarge>
 Status launch_instance(const GemvArgs& a, cudaStream_t stream) {
   constexpr GemvInstance instance = gemv_instance(kRows, kOneBit, kLarge);
-  return launch<kRows, kBlocks, kOneBit, instance.warps, instance.stages, 1>(a, stream);
+  return launch<kRows, kBlocks, kOneBit, instance.warps, instance.stages, instance.resident>(a, stream);
 }
 
 template <int kRows, int kBlocks, bool kOneBit>

@@ -38,14 +38,14 @@ struct Gpu {
 // One kernel instance: rows it takes at once, warps of a block, copies in flight. 16 warps leave each
 // thread 128 registers, which one row without 1-bit planes can live with.
 struct GemvInstance {
-  int rows, warps, stages;
+  int rows, warps, stages, resident;
 };
 constexpr GemvInstance gemv_instance(std::int64_t m, bool one_bit, bool large) {
   const int most = large ? 8 : 4;
   const int rows = m == 1 ? 1 : m == 2 ? 2 : m <= 4 || most == 4 ? 4 : 8;
-  if (!large) return {rows, 8, 2};
-  if (rows == 8) return {rows, 8, 2};
-  return rows == 1 && !one_bit ? GemvInstance{1, 16, 3} : GemvInstance{rows, 8, 4};
+  if (!large) return {rows, 8, 2, 1};
+  if (rows == 8) return {rows, 8, 2, 1};
+  return rows == 1 && !one_bit ? GemvInstance{1, 16, 3, 1} : GemvInstance{rows, 8, 4, 1};
 }
 
 inline constexpr int kMostSliceChunks = 32;      // of kSlab channels, in one slice
