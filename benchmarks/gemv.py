@@ -105,15 +105,18 @@ class PackedCopies:
         self.scales = [torch.rand(tiles * 4 + 1, k, device="cuda").half() + 0.5 for _ in range(copies)]
         for scale in self.scales:
             scale[-1] = 1.5
-        self.rest = (
-            torch.full((n,), 0.01, device="cuda"),
-            torch.ones(len(widths), device="cuda"),
-            torch.arange(k, dtype=torch.int32, device="cuda"),
-            torch.ones(k, device="cuda"),
-        )
+        self.rest = [
+            (
+                torch.full((n,), 0.01, device="cuda"),
+                torch.ones(len(widths), device="cuda"),
+                torch.randperm(k, device="cuda").int(),
+                torch.ones(k, device="cuda"),
+            )
+            for _ in range(copies)
+        ]
 
     def call(self, copy: int, x: Tensor, thresholds: Tensor) -> Callable[[], object]:
-        arguments = (x, self.planes[copy], self.scales[copy], *self.rest, thresholds, self.widths, BLOCK)
+        arguments = (x, self.planes[copy], self.scales[copy], *self.rest[copy], thresholds, self.widths, BLOCK)
         return lambda: ops.gemv(*arguments)
 
 

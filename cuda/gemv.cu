@@ -45,37 +45,40 @@ __host__ __device__ constexpr int item(std::uint64_t table, int i) { return stat
 // 2^(1 - bits): what a unit of a subplane's bits weighs.
 __device__ __forceinline__ float unit_weight(int bits) { return __int_as_float((128 - bits) << 23); }
 
-struct GemvArgs {
-  const void* x;
-  std::int64_t x_stride;
-  const __half* scale;        // [tiles][k][blocks]
-  const __half* scale_bound;  // [k]
-  const float* row_scale;
-  const float* gain;
+// The first 64 bytes are what every block needs first: constant memory arrives by such lines.
+struct alignas(64) GemvArgs {
+  int slices, columns;
+  int k_warp_bits;  // log2 of the warps that share a tile
+  int chunks;       // of 32 channels
+  int k, tiles;
+  int prefetch_slabs;  // of the first subplane that each warp fetches to L2 before x is known
+  int subs;
   const std::int32_t* order;
   const float* channel_weight;
+  const __half* scale_bound;  // [k]
+  const __half* scale;        // [tiles][k][blocks]
+
+  const void* x;
+  std::int64_t x_stride;
   const float* thresholds;
+  const float* gain;
   const float* factor;
-  const void* bias;
-  void* y;
-  float* partial;
-  unsigned* arrivals;  // [row groups][tiles][parts of a tile's outputs]
-  unsigned* tickets;   // [row groups][slices], or null: every group of warps takes its tiles in a fixed stride
+  unsigned* tickets;  // [row groups][slices], or null: every group of warps takes its tiles in a fixed stride
+  Dtype dtype;
+  int m, n;
+  int slice_channels;  // at most, in one slice; whole slabs
   Subplane sub[kMaxSubplanes];
   // Small tables in one register each, four bits an item.
   std::uint64_t grade_of;  // by subplane: the lowest grade that reads it
   std::uint64_t bits_of;   // by subplane: bits down to it
   unsigned one_bit;        // by subplane, one bit: it has 1 bit
-  int subs;
-  int overlap;            // 1: programmatic dependent launch
-  int prefetch_channels;  // channels whose first subplane is fetched to L2 before x is known
-  Dtype dtype;
-  int m, n, k, tiles;
-  int chunks;  // of 32 channels
-  int slices, columns;
-  int k_warp_bits;     // log2 of the warps that share a tile
-  int slice_channels;  // at most, in one slice; whole slabs
-  int capacity;        // entries of all lists
+  int capacity;            // entries of all lists
+  const float* row_scale;
+  const void* bias;
+  void* y;
+  float* partial;
+  unsigned* arrivals;  // [row groups][tiles][parts of a tile's outputs]
+  int overlap;         // 1: programmatic dependent launch
 };
 
 // Channels are sorted by importance, so slices take chunks of 32 in turn, back and forth.
@@ -193,18 +196,20 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
       c.feature = __ldg(&a.order[c.index]);
       c.weight = __ldg(&a.channel_weight[c.index]);
       c.bound = a.scale_bound[c.index];
-      if (c.index < a.prefetch_channels) {
-        const int end = min(a.tiles, (static_cast<int>(blockIdx.y) + 1) * groups);
-#pragma unroll 1
-        for (int tile = blockIdx.y * groups; tile < end; ++tile) {
-          ptx::prefetch(ptx::at(a.sub[0].runs, tile * a.sub[0].channels + c.index, a.sub[0].run));
-          if (lane % 16 == 0) ptx::prefetch(ptx::at(a.scale, tile * a.k + c.index, 2 * kBlocks));
-        }
-      }
     }
     return c;
   };
   Channel channel = read_channel(warp), next_channel = read_channel(warp + kWarps);
+#pragma unroll 1
+  for (int i = 0; i < a.prefetch_slabs; ++i) {
+    // Nearly every channel's first subplane will be read, so the list's slabs begin about where the chunks do.
+    const int chunk = slice_chunk(k_warp + i * k_warps, slice, a.slices), index = chunk * kSlab + lane;
+    if (index < a.sub[0].channels && first_tile < a.tiles) {
+      ptx::prefetch(a.sub[0].runs + run_offset(first_tile, index, a.sub[0].channels, a.sub[0].run));
+      if (lane % (64 / kBlocks) == 0)
+        ptx::prefetch(a.scale + (static_cast<std::int64_t>(first_tile) * a.k + index) * kBlocks);
+    }
+  }
   if (threadIdx.x < kSubs) count[threadIdx.x] = 0;
   if (threadIdx.x < kRows) bound_bits[threadIdx.x] = 0;
   if (threadIdx.x == 0) nonfinite = 0;
@@ -736,7 +741,7 @@ GemvArgs device_args(const GemvParams& p) {
     }
   }
   a.slices = p.plan.slices;
-  a.prefetch_channels = p.plan.prefetch ? a.k : 0;
+  a.prefetch_slabs = p.plan.prefetch_slabs;
   a.overlap = p.overlap ? 1 : 0;
   a.tickets = p.plan.drawn ? p.arrivals + gemv_tile_counters(p.plan, w.n, p.m) : nullptr;
   while (1 << a.k_warp_bits < p.plan.k_warps) ++a.k_warp_bits;

@@ -18,7 +18,7 @@ struct GemvPlan {
   int k_warps = 1;        // warps that share a tile: 1, 2, 4, 8 or 16
   int columns = 1;        // blocks for each slice
   bool drawn = false;     // groups draw their next tile from a counter instead of a fixed stride
-  bool prefetch = false;  // fetch the first plane to L2 before x is known
+  int prefetch_slabs = 0; // slabs of the first subplane that a warp fetches to L2 before x is known
   bool large = true;      // the kernels for GPUs with much shared memory
 };
 
@@ -109,7 +109,7 @@ inline Cut best_with_slices(const GemvShape& shape, const Gpu& gpu, int slices, 
     const bool drawn = turns >= 3;
     const double whole = drawn ? turns + 0.5 : static_cast<double>((wanted + columns - 1) / columns);
     const double cost = fixed + whole * (groups * slice_chunks * kSlab * kPerChannelTile) + (whole - 1) * kPerTurn;
-    if (cost < best.cost) best = {{slices, k_warps, columns, drawn, false, true}, cost};
+    if (cost < best.cost) best = {{slices, k_warps, columns, drawn, 0, true}, cost};
   }
   return best;
 }
@@ -131,7 +131,7 @@ inline GemvPlan plan_gemv(const GemvShape& shape, const Gpu& gpu) {
     if (const Cut next = cut(slices, 1); next.cost < best.cost) best = next;
   }
   GemvPlan plan = shape.m == 1 ? best.plan : cut(best.plan.slices, shape.m).plan;
-  plan.prefetch = shape.n * shape.k <= 32'000'000;
+  plan.prefetch_slabs = 2;
   plan.large = large;
   return plan;
 }
