@@ -9,9 +9,9 @@ from typing import Any
 from common import markdown_table, replace_between_markers
 
 Rows = list[dict[str, Any]]
-LISTS = ("decode", "parts", "prefill", "memory")  # of rows in the results
+LISTS = ("decode", "parts", "kernels", "prefill", "memory")  # of rows in the results
 DENSE = "float16"
-PARTS = ("linears_ms", "head_ms", "rest_ms")
+PARTS = ("linears_ms", "head_ms", "attention_ms", "rest_ms")
 
 
 def together(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -60,9 +60,12 @@ def decode_table(rows: Rows) -> str:
 
 def parts_table(rows: Rows) -> str:
     """Where the time of one step goes."""
+    lines = []
+    for row in rows:
+        times = [row["ms"], *(row[part] for part in PARTS), row["ms"] - sum(row[part] for part in PARTS)]
+        lines.append([setting(row), str(row["kernels"]), *(f"{ms:.3f}" for ms in times)])
     return markdown_table(
-        ["ms of a step, batch 1", "layers", "total", "linear layers", "head", "rest"],
-        [[setting(row), str(row["launches"]), *(f"{row[part]:.3f}" for part in ("ms", *PARTS))] for row in rows],
+        ["ms of a step, batch 1", "kernels", "total", "linear layers", "head", "attention", "rest", "between"], lines
     )
 
 
