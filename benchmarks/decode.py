@@ -40,6 +40,7 @@ PREFILL_TOKENS = (512, 2048)
 PREFILL_REPEATS = 5
 CACHE_LENGTH = 1024
 POSITION = 512  # tokens in the cache before the timed step
+ATTENTIONS = ("sdpa", "grouped")
 TOKENS = 8  # different tokens that the timed step is given in turn
 
 Row = tuple[str, dict[str, Any]]  # with the name of the list that it belongs to
@@ -182,6 +183,8 @@ def measure(config: Any, method: Method, device: torch.device, options: argparse
     """All figures of one method for one model, in stages: one that fails does not take the others along."""
     begin = time.perf_counter()
     model = build_model(config, method.dtype, device)
+    if options.attention == "grouped":
+        grinqh.use_grouped_attention(model)
     built = time.perf_counter()
     method.convert(model)
     free_memory()
@@ -235,6 +238,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "position": POSITION,
         "tiny": options.tiny,
         "layers": options.layers,
+        "attention": options.attention,
         **{kind: [] for kind in LISTS},
     }
     methods = [method for method in METHODS if method.name in options.methods]
@@ -277,6 +281,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--prefill", type=int, nargs="*", default=list(PREFILL_TOKENS), help="lengths of prompts")
     parser.add_argument("--layers", type=int, help="layers of the models, in place of their own number")
     parser.add_argument("--tiny", action="store_true", help="tiny models of the same architectures")
+    parser.add_argument(
+        "--attention",
+        choices=ATTENTIONS,
+        default="grouped",
+        help="of a decode step, for every method: transformers' sdpa, or grinqh.use_grouped_attention",
+    )
     parser.add_argument("--compile", action="store_true", help="time torch.compile too, at batch 1")
     return parser.parse_args(arguments)
 

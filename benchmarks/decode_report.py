@@ -18,7 +18,7 @@ def together(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The rows of several runs, of one commit on one kind of GPU, as if they were of one run."""
     first = runs[0]
     for run in runs[1:]:
-        for key in ("gpu", "commit", "versions", "cache_length", "position", "tiny", "layers"):
+        for key in ("gpu", "commit", "versions", "cache_length", "position", "tiny", "layers", "attention"):
             if run[key] != first[key]:
                 raise ValueError(f"the runs differ in {key}: {first[key]} and {run[key]}")
     return first | {kind: [row for run in runs for row in run[kind]] for kind in LISTS}
@@ -86,7 +86,7 @@ def tables(results: dict[str, Any]) -> str:
     parts = [
         f"{results['gpu']}; torch {version['torch']}, transformers {version['transformers']}, Python "
         f"{version['python']}; commit {results['commit']}, {results['date']}. Cache of {results['cache_length']} "
-        f"tokens, {results['position']} of them filled."
+        f"tokens, {results['position']} of them filled; {results['attention']} attention."
     ]
     for model in models(results):
         parts += [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,20 @@ def test_a_step_with_the_static_cache_is_that_of_the_whole_sequence(modules: dic
     torch.testing.assert_close(outputs[0], whole, rtol=1e-4, atol=1e-5)
 
 
+def test_every_method_decodes_with_the_attention_asked_for(modules: dict[str, Any]) -> None:
+    decode = modules["decode"]
+    parse, names = decode.parse_arguments, set()
+    for attention in decode.ATTENTIONS:
+        options = parse(["--tiny", "--batches", "1", "--prefill", "--attention", attention])
+        built: list[Any] = []
+        method = dataclasses.replace(modules["decode_methods"].METHODS[0], convert=built.append)
+        config = modules["decode_models"].model_config("qwen3-8b", tiny=True)
+        next(decode.measure(config, method, torch.device("cpu"), options))
+        names.add(built[0].config._attn_implementation)
+    assert names == {"sdpa", "grinqh_grouped"}
+    assert parse([]).attention == "grouped"
+
+
 def test_int4_codes_are_within_half_a_step(modules: dict[str, Any]) -> None:
     weight = torch.randn(8, 256, generator=torch.Generator().manual_seed(0))
     codes, scales_and_zeros = modules["int4_linear"].quantize_int4(weight)
@@ -118,6 +133,7 @@ def handmade() -> dict[str, Any]:
         "position": 512,
         "tiny": False,
         "layers": None,
+        "attention": "grouped",
         "decode": [
             decode_row("float16", 16, 1, 100),
             decode_row("float16", 16, 2, 190),
@@ -148,6 +164,7 @@ def test_tables_show_ratios_to_float16(modules: dict[str, Any]) -> None:
     assert ["tinygemm int4", "4.01", "210 (2.10x)", ""] in lines
     assert ["grinqh, 3 bits", "900", "4.000", "2.000", "0.500", "0.400", "0.900", "0.200"] in lines
     assert ["float16", "30.0", "16.1", "17.2"] in lines
+    assert "512 of them filled; grouped attention." in modules["decode_report"].tables(handmade())
 
 
 def test_runs_of_one_commit_are_shown_together(modules: dict[str, Any]) -> None:
