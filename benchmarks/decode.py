@@ -172,11 +172,14 @@ def prefill_call(model: Any, tokens: int) -> Callable[[], object]:
 
 
 @torch.no_grad()
-def prefill_rows(model: Any, method: Method, lengths: Sequence[int]) -> Iterator[Row]:
-    """Milliseconds to process a prompt of one sequence, without a graph."""
+def prefill_rows(model: Any, method: Method, lengths: Sequence[int], mode: str) -> Iterator[Row]:
+    """Milliseconds to process a prompt of one sequence, launched one by one or as a captured graph."""
     for tokens in lengths:
-        ms = median_milliseconds(prefill_call(model, tokens), repeats=PREFILL_REPEATS)
-        yield "prefill", {"method": method.name, "tokens": tokens, "ms": ms, "tokens_per_s": tokens / ms * 1e3}
+        call = prefill_call(model, tokens)
+        run = Replay(call).run if mode == "graph" else call
+        ms = median_milliseconds(run, repeats=PREFILL_REPEATS)
+        speed = tokens / ms * 1e3
+        yield "prefill", {"method": method.name, "mode": mode, "tokens": tokens, "ms": ms, "tokens_per_s": speed}
 
 
 def measure(config: Any, method: Method, device: torch.device, options: argparse.Namespace) -> Iterator[Iterator[Row]]:
@@ -196,8 +199,9 @@ def measure(config: Any, method: Method, device: torch.device, options: argparse
     }
     reset_peak()
     yield decode_rows(model, method, options.batches)
-    yield prefill_rows(model, method, options.prefill)
+    yield prefill_rows(model, method, options.prefill, "eager")
     yield iter([("memory", memory | {"peak_gb": peak_gb()})])
+    yield prefill_rows(model, method, options.prefill, "graph")
     forward = torch.compile(model, dynamic=False) if options.compile else None
     if forward is not None:
         yield decode_rows(model, method, [1], forward)

@@ -70,14 +70,15 @@ def parts_table(rows: Rows) -> str:
 
 
 def prefill_table(prefill: Rows, memory: Rows) -> str:
-    """Milliseconds of prompts, and the memory of each method."""
-    lengths = sorted({row["tokens"] for row in prefill})
+    """Milliseconds of prompts, launched one by one and as a graph, and the memory of each method."""
+    columns = [(mode, n) for n in sorted({row["tokens"] for row in prefill}) for mode in ("eager", "graph")]
     lines = []
     for held in memory:
-        ms = {row["tokens"]: row["ms"] for row in prefill if row["method"] == held["method"]}
+        ms = {(row["mode"], row["tokens"]): row["ms"] for row in prefill if row["method"] == held["method"]}
         gb = [f"{held[key]:.1f}" if held[key] else "" for key in ("weights_gb", "peak_gb")]
-        lines.append([held["method"], *(f"{ms[n]:.1f}" if n in ms else "" for n in lengths), *gb])
-    return markdown_table(["ms of a prompt", *(f"{n} tokens" for n in lengths), "GB held", "GB at most"], lines)
+        lines.append([held["method"], *(f"{ms[key]:.1f}" if key in ms else "" for key in columns), *gb])
+    header = [f"{n} tokens" + (", graph" if mode == "graph" else "") for mode, n in columns]
+    return markdown_table(["ms of a prompt", *header, "GB held", "GB at most"], lines)
 
 
 def tables(results: dict[str, Any]) -> str:

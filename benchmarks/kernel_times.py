@@ -69,10 +69,10 @@ def own_category(kernel: Kernel) -> str:
     The compiler's own kernels are named after the ops that they take the place of.
     """
     ops, name = " ".join(kernel.ops).lower(), kernel.name.lower()
-    if any(part in ops for part in ATTENTION_OPS):
-        return ATTENTION
     if any(part in ops for part in LINEAR_OPS):
         return LINEARS
+    if any(part in ops for part in ATTENTION_OPS):
+        return ATTENTION
     if any(part in name for part in ATTENTION_KERNELS):
         return ATTENTION
     if name.startswith("triton"):

@@ -106,6 +106,7 @@ def test_a_whole_run_on_a_tiny_model(
     own = [row for row in results["decode"] if row["method"] == "grinqh" and row["batch"] == 1]
     assert [row["bits"] for row in own] == list(modules["decode_methods"].DIAL)
     assert all(abs(row["read_bits"] / row["bits"] - 1) < 0.2 for row in own)
+    assert [row["mode"] for row in results["prefill"] if row["method"] == "grinqh"] == ["eager", "graph"]
     assert modules["decode_report"].tables(results).count("### qwen3-8b") == 1
 
 
@@ -149,7 +150,12 @@ def handmade() -> dict[str, Any]:
             }
         ],
         "kernels": [],
-        "prefill": [{"model": "llama3-8b", "method": "float16", "tokens": 512, "ms": 30.04, "tokens_per_s": 17044.0}],
+        "prefill": [
+            {
+                "model": "llama3-8b", "method": "float16", "mode": mode, "tokens": 512, "ms": ms, "tokens_per_s": 17e3,
+            }
+            for mode, ms in (("eager", 30.04), ("graph", 28.96))
+        ],
         "memory": [{"model": "llama3-8b", "method": "float16", "weights_gb": 16.06, "peak_gb": 17.2}],
     }  # fmt: skip
 
@@ -163,7 +169,7 @@ def test_tables_show_ratios_to_float16(modules: dict[str, Any]) -> None:
     assert ["grinqh, 3 bits, compiled", "3.01", "300 (3.00x)", ""] in lines
     assert ["tinygemm int4", "4.01", "210 (2.10x)", ""] in lines
     assert ["grinqh, 3 bits", "900", "4.000", "2.000", "0.500", "0.400", "0.900", "0.200"] in lines
-    assert ["float16", "30.0", "16.1", "17.2"] in lines
+    assert ["float16", "30.0", "29.0", "16.1", "17.2"] in lines
     assert "512 of them filled; grouped attention." in modules["decode_report"].tables(handmade())
 
 
