@@ -55,14 +55,15 @@ struct Bytes {
 };
 
 // Planes of 1 bit are rare: without them, at most four subplanes make the eight bits.
-constexpr int subs_of(bool one_bit) { return one_bit ? kMaxSubplanes : 4; }
+template <bool kOneBit>
+constexpr int kSubsOf = kOneBit ? kMaxSubplanes : 4;
 
 template <bool kOneBit>
 __device__ __forceinline__ int width_of(const DequantizeArgs& a, int s) {
   return kOneBit ? a.width[s] : 2;
 }
 
-template <bool kOneBit, int kSubs = subs_of(kOneBit)>
+template <bool kOneBit, int kSubs = kSubsOf<kOneBit>>
 __device__ __forceinline__ Sources<kSubs> sources_of(const DequantizeArgs& a, std::int64_t tile, int lane, int first) {
   Sources<kSubs> from;
 #pragma unroll
@@ -75,7 +76,7 @@ __device__ __forceinline__ Sources<kSubs> sources_of(const DequantizeArgs& a, st
   return from;
 }
 
-template <bool kOneBit, int kSubs = subs_of(kOneBit)>
+template <bool kOneBit, int kSubs = kSubsOf<kOneBit>>
 __device__ __forceinline__ Channel<kSubs> load_channel(const DequantizeArgs& a, const Sources<kSubs>& from, int c) {
   Channel<kSubs> channel;
   int stored = 0;
@@ -96,7 +97,7 @@ __device__ __forceinline__ Channel<kSubs> load_channel(const DequantizeArgs& a, 
 }
 
 // The lane's codes: the bits of all subplanes put together, the most significant on top, 0 where none is stored.
-template <bool kOneBit, int kSubs = subs_of(kOneBit)>
+template <bool kOneBit, int kSubs = kSubsOf<kOneBit>>
 __device__ __forceinline__ Bytes codes_of(const DequantizeArgs& a, const Channel<kSubs>& channel, int lane) {
   constexpr unsigned kFields = 0x03030303;
   Bytes code{};
