@@ -49,9 +49,12 @@ def grouped_attention_forward(
         [B, Q, H, D'], and None for the weights.
 
     Raises:
-        ValueError: of sdpa, as for `softcap`.
+        InputError: the model needs what neither this nor sdpa does, which sdpa may leave out without a word.
     """
-    ordinary = all(kwargs.get(name) is None for name in ("softcap", "position_bias", "cache", "s_aux"))
+    for name in ("softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise InputError(f"{NAME} attention has no {name}, which {type(module).__name__} needs")
+    ordinary = kwargs.get("position_bias") is None and kwargs.get("cache") is None
     shared_mask = attention_mask is None or attention_mask.shape[1] == 1
     if query.shape[2] != 1 or dropout or not ordinary or not shared_mask:
         return sdpa_attention_forward(

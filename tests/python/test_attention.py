@@ -110,8 +110,15 @@ def test_what_is_out_of_the_ordinary_goes_to_sdpa() -> None:
         got, _ = grouped_attention_forward(layer, query, key, key, mask, scaling=0.25)
         wanted, _ = sdpa_attention_forward(layer, query, key, key, mask, scaling=0.25)
         torch.testing.assert_close(got, wanted)
-    with pytest.raises(ValueError, match="softcap"):
-        grouped_attention_forward(layer, query, key, key, None, scaling=0.25, softcap=20.0)
+
+
+@pytest.mark.parametrize("name", ["softcap", "s_aux"])
+@pytest.mark.parametrize("positions", [1, 3])
+def test_what_neither_can_do_is_refused(name: str, positions: int) -> None:
+    layer = qwen3().model.layers[0].self_attn
+    query, key = torch.randn(1, 4, positions, 16), torch.randn(1, 2, 8, 16)
+    with pytest.raises(grinqh.InputError, match=f"no {name}, which Qwen3Attention needs"):
+        grouped_attention_forward(layer, query, key, key, None, scaling=0.25, **{name: 20.0})
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
