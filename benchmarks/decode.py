@@ -17,10 +17,12 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import kernel_times
 import torch
 from common import ROOT, stamp, write_json
 from decode_methods import METHODS, Method
@@ -38,8 +40,10 @@ PREFILL_TOKENS = (512, 2048)
 PREFILL_REPEATS = 5
 CACHE_LENGTH = 1024
 POSITION = 512  # tokens in the cache before the timed step
+ATTENTIONS = ("sdpa", "grouped")
 TOKENS = 8  # different tokens that the timed step is given in turn
-HEAD_CALLS = 5  # of the head in one graph: a single one is short
+
+Row = tuple[str, dict[str, Any]]  # with the name of the list that it belongs to
 
 
 class DecodeStep:
@@ -93,24 +97,11 @@ def read_bits(model: nn.Module, step: DecodeStep) -> float:
     return read
 
 
-def inputs_of(layers: Sequence[nn.Module], step: DecodeStep) -> list[Tensor]:
-    """What the layers are given in a decode step."""
-    seen: dict[nn.Module, Tensor] = {}
-    handles = [
-        layer.register_forward_pre_hook(lambda module, arguments: seen.update({module: arguments[0].clone()}))
-        for layer in layers
-    ]
-    step.prepare(0)
-    step()
-    for handle in handles:
-        handle.remove()
-    return [seen[layer] for layer in layers]
-
-
 @torch.no_grad()
-def decode_rows(model: Any, method: Method, batches: Sequence[int], mode: str) -> Iterator[dict[str, Any]]:
-    """Milliseconds of a decode step by batch and setting of the dial."""
-    forward = torch.compile(model, dynamic=False) if mode == "compiled" else None
+def decode_rows(
+    model: Any, method: Method, batches: Sequence[int], forward: Callable[..., Any] | None = None
+) -> Iterator[Row]:
+    """Milliseconds of a decode step by batch and setting of the dial; `forward` is the compiled model, if any."""
     for batch in batches:
         step = DecodeStep(model, batch, forward)
         counted = step if forward is None else DecodeStep(model, batch)  # compiled code does not count
@@ -119,65 +110,84 @@ def decode_rows(model: Any, method: Method, batches: Sequence[int], mode: str) -
         for bits in method.bits:
             method.set(model, bits)
             ms = replay.milliseconds(step.prepare)
-            yield {
-                "method": method.name,
-                "mode": mode,
-                "bits": bits,
-                "read_bits": read_bits(model, counted) if method.dial else bits,
-                "batch": batch,
-                "ms": ms,
-                "tokens_per_s": batch / ms * 1e3,
-                "captures": Replay.captures - before,
-            }
-    if forward is not None:
-        torch.compiler.reset()
+            yield (
+                "decode",
+                {
+                    "method": method.name,
+                    "mode": mode_name(forward),
+                    "bits": bits,
+                    "read_bits": read_bits(model, counted) if method.dial else bits,
+                    "batch": batch,
+                    "ms": ms,
+                    "tokens_per_s": batch / ms * 1e3,
+                    "captures": Replay.captures - before,
+                },
+            )
 
 
 @torch.no_grad()
-def part_rows(model: Any, method: Method, totals: dict[float, float]) -> Iterator[dict[str, Any]]:
-    """Where the time of a step for one sequence goes: the linear layers and the head alone, and what is left.
+def part_rows(model: Any, method: Method, forward: Callable[..., Any] | None = None) -> Iterator[Row]:
+    """Where the time of a step for one sequence goes, kernel by kernel; nothing without a GPU.
 
-    Each layer is called with its own input of a real step, so that it reads what it reads there.
+    The graph is a second one, not that of the timings: a graph's kernels are only seen by a profiler that has run
+    before the capture.
     """
-    step = DecodeStep(model, 1)
-    head, linears = model.get_output_embeddings(), method.linears(model)
+    if not torch.cuda.is_available():
+        return
+    step = DecodeStep(model, 1, forward)
+    step()
+    step.prepare(0)
+    launched = kernel_times.traced(step)
+    replay = Replay(step)
     for bits in method.bits:
         method.set(model, bits)
-        *inputs, head_input = inputs_of([*linears, head], step)
-        linears_ms = Replay(partial(_call_all, linears, inputs)).milliseconds()
-        heads_ms = Replay(partial(_call_all, [head] * HEAD_CALLS, [head_input] * HEAD_CALLS)).milliseconds()
-        head_ms = heads_ms / HEAD_CALLS
-        yield {
-            "method": method.name,
-            "bits": bits,
-            "launches": len(linears) + 1,
-            "ms": totals[bits],
-            "linears_ms": linears_ms,
-            "head_ms": head_ms,
-            "rest_ms": totals[bits] - linears_ms - head_ms,
-        }
-
-
-def _call_all(layers: Sequence[nn.Module], inputs: Sequence[Tensor]) -> None:
-    for layer, x in zip(layers, inputs, strict=True):
-        layer(x)
+        ms = replay.milliseconds(step.prepare)
+        step.prepare(0)
+        kernels = kernel_times.traced(replay.run, kernel_times.REPLAYS)
+        of = {"method": method.name, "mode": mode_name(forward), "bits": bits}
+        parts = kernel_times.itemise(kernels, kernel_times.REPLAYS, launched)
+        yield "parts", of | {"ms": ms} | parts
+        for kernel in kernel_times.top(kernels, kernel_times.REPLAYS):
+            yield "kernels", of | {"call": "step"} | kernel
 
 
 @torch.no_grad()
-def prefill_rows(model: Any, method: Method, lengths: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Milliseconds to process a prompt of one sequence, without a graph."""
+def prefill_kernel_rows(model: Any, method: Method, lengths: Sequence[int]) -> Iterator[Row]:
+    """The kernels that take most of a prompt's time; nothing without a GPU."""
+    for tokens in lengths if torch.cuda.is_available() else ():
+        call = prefill_call(model, tokens)
+        call()
+        for kernel in kernel_times.top(kernel_times.traced(call), 1):
+            yield "kernels", {"method": method.name, "mode": "eager", "call": f"prompt of {tokens}"} | kernel
+
+
+def mode_name(forward: Callable[..., Any] | None) -> str:
+    return "eager" if forward is None else "compiled"
+
+
+def prefill_call(model: Any, tokens: int) -> Callable[[], object]:
+    """Processes a prompt of one sequence."""
+    ids = torch.randint(model.config.vocab_size, (1, tokens), device=next(model.parameters()).device)
+    return partial(model, ids, logits_to_keep=1)
+
+
+@torch.no_grad()
+def prefill_rows(model: Any, method: Method, lengths: Sequence[int], mode: str) -> Iterator[Row]:
+    """Milliseconds to process a prompt of one sequence, launched one by one or as a captured graph."""
     for tokens in lengths:
-        ids = torch.randint(model.config.vocab_size, (1, tokens), device=next(model.parameters()).device)
-        ms = median_milliseconds(partial(model, ids, logits_to_keep=1), repeats=PREFILL_REPEATS)
-        yield {"method": method.name, "tokens": tokens, "ms": ms, "tokens_per_s": tokens / ms * 1e3}
+        call = prefill_call(model, tokens)
+        run = Replay(call).run if mode == "graph" else call
+        ms = median_milliseconds(run, repeats=PREFILL_REPEATS)
+        speed = tokens / ms * 1e3
+        yield "prefill", {"method": method.name, "mode": mode, "tokens": tokens, "ms": ms, "tokens_per_s": speed}
 
 
-def measure(
-    config: Any, method: Method, device: torch.device, options: argparse.Namespace
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """All figures of one method for one model, each with the name of the list it belongs to."""
+def measure(config: Any, method: Method, device: torch.device, options: argparse.Namespace) -> Iterator[Iterator[Row]]:
+    """All figures of one method for one model, in stages: one that fails does not take the others along."""
     begin = time.perf_counter()
     model = build_model(config, method.dtype, device)
+    if options.attention == "grouped":
+        grinqh.use_grouped_attention(model)
     built = time.perf_counter()
     method.convert(model)
     free_memory()
@@ -188,20 +198,19 @@ def measure(
         "weights_gb": allocated_gb(),
     }
     reset_peak()
-    totals = {}
-    for row in decode_rows(model, method, options.batches, "eager"):
-        if row["batch"] == 1:
-            totals[row["bits"]] = row["ms"]
-        yield "decode", row
-    if totals:
-        for row in part_rows(model, method, totals):
-            yield "parts", row
-    for row in prefill_rows(model, method, options.prefill):
-        yield "prefill", row
-    yield "memory", memory | {"peak_gb": peak_gb()}
-    if options.compile:
-        for row in decode_rows(model, method, [1], "compiled"):
-            yield "decode", row
+    yield decode_rows(model, method, options.batches)
+    yield prefill_rows(model, method, options.prefill, "eager")
+    yield iter([("memory", memory | {"peak_gb": peak_gb()})])
+    yield prefill_rows(model, method, options.prefill, "graph")
+    forward = torch.compile(model, dynamic=False) if options.compile else None
+    if forward is not None:
+        yield decode_rows(model, method, [1], forward)
+    # Last: a profiler that has run may slow down what follows.
+    yield part_rows(model, method)
+    if forward is not None:
+        yield part_rows(model, method, forward)
+        torch.compiler.reset()
+    yield prefill_kernel_rows(model, method, options.prefill)
 
 
 def free_memory() -> None:
@@ -233,21 +242,32 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "position": POSITION,
         "tiny": options.tiny,
         "layers": options.layers,
+        "attention": options.attention,
         **{kind: [] for kind in LISTS},
     }
     methods = [method for method in METHODS if method.name in options.methods]
     wanted = [(name, method) for name in options.models for method in methods]
     for name, method in tqdm(wanted, desc="decode", unit="method", file=sys.stderr, disable=None):
-        try:
-            for kind, row in measure(model_config(name, options.layers, options.tiny), method, device, options):
-                results[kind].append({"model": name, **row})
-                print(kind, name, *(f"{key}={show(value)}" for key, value in row.items()), flush=True)
-        except Exception as problem:  # a method that is missing or fails must not end the run
-            print(f"{name}, {method.name}: {type(problem).__name__}: {str(problem)[:300]}", file=sys.stderr)
+        with noted(name, method):
+            for stage in measure(model_config(name, options.layers, options.tiny), method, device, options):
+                with noted(name, method):
+                    for kind, row in stage:
+                        results[kind].append({"model": name, **row})
+                        if kind != "kernels":
+                            print(kind, name, *(f"{key}={show(value)}" for key, value in row.items()), flush=True)
         free_memory()
         if options.json:
             write_json(options.json, results)
     return results
+
+
+@contextmanager
+def noted(name: str, method: Method) -> Iterator[None]:
+    """What is missing or fails is told and must not end the run."""
+    try:
+        yield
+    except Exception as problem:
+        print(f"{name}, {method.name}: {type(problem).__name__}: {str(problem)[:300]}", file=sys.stderr)
 
 
 def show(value: Any) -> str:
@@ -265,6 +285,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--prefill", type=int, nargs="*", default=list(PREFILL_TOKENS), help="lengths of prompts")
     parser.add_argument("--layers", type=int, help="layers of the models, in place of their own number")
     parser.add_argument("--tiny", action="store_true", help="tiny models of the same architectures")
+    parser.add_argument(
+        "--attention",
+        choices=ATTENTIONS,
+        default="grouped",
+        help="of a decode step, for every method: transformers' sdpa, or grinqh.use_grouped_attention",
+    )
     parser.add_argument("--compile", action="store_true", help="time torch.compile too, at batch 1")
     return parser.parse_args(arguments)
 

@@ -32,12 +32,6 @@ class Method:
         if self.dial:
             grinqh.set_bits(model, bits)
 
-    def linears(self, model: Any) -> list[nn.Module]:
-        """The linear layers but for the head, in the order of their use."""
-        head = model.get_output_embeddings()
-        kinds = (nn.Linear, Int4Linear, grinqh.GrinqhLinear)
-        return [module for module in model.modules() if isinstance(module, kinds) and module is not head]
-
 
 def use_int4(head: bool) -> Callable[[Any], None]:
     """Every linear layer on torch's int4 kernel."""

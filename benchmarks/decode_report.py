@@ -9,16 +9,16 @@ from typing import Any
 from common import markdown_table, replace_between_markers
 
 Rows = list[dict[str, Any]]
-LISTS = ("decode", "parts", "prefill", "memory")  # of rows in the results
+LISTS = ("decode", "parts", "kernels", "prefill", "memory")  # of rows in the results
 DENSE = "float16"
-PARTS = ("linears_ms", "head_ms", "rest_ms")
+PARTS = ("linears_ms", "head_ms", "attention_ms", "rest_ms")
 
 
 def together(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The rows of several runs, of one commit on one kind of GPU, as if they were of one run."""
     first = runs[0]
     for run in runs[1:]:
-        for key in ("gpu", "commit", "versions", "cache_length", "position", "tiny", "layers"):
+        for key in ("gpu", "commit", "versions", "cache_length", "position", "tiny", "layers", "attention"):
             if run[key] != first[key]:
                 raise ValueError(f"the runs differ in {key}: {first[key]} and {run[key]}")
     return first | {kind: [row for run in runs for row in run[kind]] for kind in LISTS}
@@ -60,21 +60,25 @@ def decode_table(rows: Rows) -> str:
 
 def parts_table(rows: Rows) -> str:
     """Where the time of one step goes."""
+    lines = []
+    for row in rows:
+        times = [row["ms"], *(row[part] for part in PARTS), row["ms"] - sum(row[part] for part in PARTS)]
+        lines.append([setting(row), str(row["kernels"]), *(f"{ms:.3f}" for ms in times)])
     return markdown_table(
-        ["ms of a step, batch 1", "layers", "total", "linear layers", "head", "rest"],
-        [[setting(row), str(row["launches"]), *(f"{row[part]:.3f}" for part in ("ms", *PARTS))] for row in rows],
+        ["ms of a step, batch 1", "kernels", "total", "linear layers", "head", "attention", "rest", "between"], lines
     )
 
 
 def prefill_table(prefill: Rows, memory: Rows) -> str:
-    """Milliseconds of prompts, and the memory of each method."""
-    lengths = sorted({row["tokens"] for row in prefill})
+    """Milliseconds of prompts, launched one by one and as a graph, and the memory of each method."""
+    columns = [(mode, n) for n in sorted({row["tokens"] for row in prefill}) for mode in ("eager", "graph")]
     lines = []
     for held in memory:
-        ms = {row["tokens"]: row["ms"] for row in prefill if row["method"] == held["method"]}
+        ms = {(row["mode"], row["tokens"]): row["ms"] for row in prefill if row["method"] == held["method"]}
         gb = [f"{held[key]:.1f}" if held[key] else "" for key in ("weights_gb", "peak_gb")]
-        lines.append([held["method"], *(f"{ms[n]:.1f}" if n in ms else "" for n in lengths), *gb])
-    return markdown_table(["ms of a prompt", *(f"{n} tokens" for n in lengths), "GB held", "GB at most"], lines)
+        lines.append([held["method"], *(f"{ms[key]:.1f}" if key in ms else "" for key in columns), *gb])
+    header = [f"{n} tokens" + (", graph" if mode == "graph" else "") for mode, n in columns]
+    return markdown_table(["ms of a prompt", *header, "GB held", "GB at most"], lines)
 
 
 def tables(results: dict[str, Any]) -> str:
@@ -83,7 +87,7 @@ def tables(results: dict[str, Any]) -> str:
     parts = [
         f"{results['gpu']}; torch {version['torch']}, transformers {version['transformers']}, Python "
         f"{version['python']}; commit {results['commit']}, {results['date']}. Cache of {results['cache_length']} "
-        f"tokens, {results['position']} of them filled."
+        f"tokens, {results['position']} of them filled; {results['attention']} attention."
     ]
     for model in models(results):
         parts += [

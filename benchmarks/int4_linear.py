@@ -28,8 +28,29 @@ class Int4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
-        y = torch.ops.aten._weight_int4pack_mm(rows, self.weight, GROUP, self.scales_and_zeros)
+        product = compiled_product if torch.compiler.is_compiling() else int4_product
+        y = product(rows, self.weight, self.scales_and_zeros)
         return y.reshape(*x.shape[:-1], self.out_features)
+
+
+def int4_product(rows: Tensor, weight: Tensor, scales_and_zeros: Tensor) -> Tensor:
+    """Outputs bfloat16 [M, N] for rows bfloat16 [M, K]."""
+    return torch.ops.aten._weight_int4pack_mm(rows.contiguous(), weight, GROUP, scales_and_zeros)
+
+
+@torch.library.custom_op("int4_linear::product", mutates_args=())
+def compiled_product(rows: Tensor, weight: Tensor, scales_and_zeros: Tensor) -> Tensor:
+    """The same for compiled code, as an op of its own: the compiler gives aten's kernel rows in a layout of its choice.
+
+    In code that the compiler sees, `contiguous` does not help: it is taken away where rows are contiguous in eager
+    mode.
+    """
+    return int4_product(rows, weight, scales_and_zeros)
+
+
+@compiled_product.register_fake
+def _compiled_product_fake(rows: Tensor, weight: Tensor, scales_and_zeros: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], scales_and_zeros.shape[1])
 
 
 def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:

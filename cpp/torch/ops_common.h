@@ -45,20 +45,24 @@ inline std::string device_text(const Tensor& tensor) {
   return tensor.is_cpu() ? "cpu" : (tensor.is_cuda() ? "cuda:" : "device ") + std::to_string(tensor.get_device_index());
 }
 
+inline std::string wanted_text(std::initializer_list<int64_t> shape) {
+  std::string text = "[";
+  for (int64_t size : shape) text += (text.size() > 1 ? ", " : "") + (size < 0 ? "any" : std::to_string(size));
+  return text + "]";
+}
+
 // A contiguous tensor of this dtype and shape, on the device of `like`. A size of -1 allows any.
 inline void check_tensor(const char* op, const std::string& name, const Tensor& tensor, ScalarType dtype,
                          std::initializer_list<int64_t> shape, const Tensor& like) {
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, "grinqh::", op, ": ", name, " is ", dtype_name(tensor.scalar_type()),
                   ": it must be ", dtype_name(dtype));
   bool fits = tensor.dim() == static_cast<int64_t>(shape.size());
-  std::string wanted = "[";
-  int64_t d = 0;
-  for (int64_t size : shape) {
-    fits = fits && (size < 0 || tensor.size(d) == size);
-    wanted += (d > 0 ? ", " : "") + (size < 0 ? std::string("any") : std::to_string(size));
-    ++d;
+  for (size_t d = 0; fits && d < shape.size(); ++d) {
+    const int64_t size = shape.begin()[d];
+    fits = size < 0 || tensor.size(static_cast<int64_t>(d)) == size;
   }
-  STD_TORCH_CHECK(fits, "grinqh::", op, ": ", name, " has shape ", shape_text(tensor), ": it must be ", wanted, "]");
+  STD_TORCH_CHECK(fits, "grinqh::", op, ": ", name, " has shape ", shape_text(tensor), ": it must be ",
+                  wanted_text(shape));
   STD_TORCH_CHECK(tensor.is_contiguous(), "grinqh::", op, ": ", name, " is not contiguous: it must be");
   STD_TORCH_CHECK(tensor.is_cpu() == like.is_cpu() && tensor.get_device_index() == like.get_device_index(),
                   "grinqh::", op, ": ", name, " is on ", device_text(tensor), ": it must be on ", device_text(like));
@@ -116,13 +120,13 @@ struct PackedTensors {
   int64_t block;
 };
 
-// A layer's tensors in the order of the schemas.
+// A layer's tensors in the order of the schemas, those that an op was called with.
 struct LayerArguments {
-  std::vector<Tensor> planes;
-  Tensor block_scale, row_scale, gain, channel_order, channel_weight, thresholds;
-  std::vector<int64_t> widths;
+  const std::vector<Tensor>& planes;
+  const Tensor &block_scale, &row_scale, &gain, &channel_order, &channel_weight, &thresholds;
+  const std::vector<int64_t>& widths;
   int64_t block;
-  std::optional<Tensor> bias, budget;
+  const std::optional<Tensor>&bias, &budget;
 
   PackedTensors packed() const { return {planes, block_scale, row_scale, gain, channel_order, widths, block}; }
 };
@@ -173,11 +177,16 @@ struct Rows {
   int64_t stride = 0;
 };
 
-inline Rows to_rows(const char* op, const Tensor& x, int64_t k) {
+inline int64_t row_count(const char* op, const Tensor& x, int64_t k) {
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == k, "grinqh::", op, ": x has shape ", shape_text(x),
                   ": its last size must be ", k);
   int64_t count = 1;
   for (int64_t d = 0; d + 1 < x.dim(); ++d) count *= x.size(d);
+  return count;
+}
+
+inline Rows to_rows(const char* op, const Tensor& x, int64_t k) {
+  const int64_t count = row_count(op, x, k);
   if (x.is_contiguous()) return {x, count, k};
   if (x.dim() == 2 && (x.stride(1) == 1 || k == 1) && x.stride(0) >= 0) return {x, count, x.stride(0)};
   return {torch::stable::contiguous(x), count, k};

@@ -179,13 +179,25 @@ Tensor dense_tiles(const char* op, const PackedWeight& weight, const Tensor& lik
 // Prefill: outputs are made dense in strips of at most this many weights, and multiplied.
 constexpr int64_t kStripWeights = int64_t{1} << 27;
 
+// The product of x with the outputs of some tiles, their bias added.
+Tensor dense_product(const Tensor& x, const PackedWeight& weight, const std::optional<Tensor>& bias, int64_t tile_begin,
+                     int64_t tile_end) {
+  const Tensor dense = dense_tiles("linear", weight, x, x.scalar_type(), weight.widths.count, tile_begin, tile_end);
+  Tensor product = torch::stable::matmul(x, dense);
+  if (!bias.has_value()) return product;
+  Tensor part = *bias;
+  if (dense.size(1) < weight.n) part = torch::stable::narrow(part, 0, tile_begin * cuda::kTile, dense.size(1));
+  return torch::stable::subtract(product, part, -1.0);
+}
+
 Tensor linear_cuda(Tensor x, GRINQH_LAYER_PARAMETERS, int64_t max_graded_rows) {
   const LayerArguments layer = GRINQH_LAYER_ARGUMENTS;
-  Tensor y = empty_output(x, row_scale);
+  STD_TORCH_CHECK(x.dim() >= 1, "grinqh: x has shape []: it must have at least one dimension");
   STD_TORCH_CHECK(channel_order.dim() == 1, "grinqh::linear: channel_order has shape ", shape_text(channel_order),
                   ": it must be [K]");
-  const Rows rows = to_rows("linear", x, channel_order.size(0));
-  if (rows.count <= max_graded_rows) {
+  const int64_t k = channel_order.size(0);
+  if (row_count("linear", x, k) <= max_graded_rows) {
+    Tensor y = empty_output(x, row_scale);
     run_gemv("linear", x, layer, y, nullptr);
     return y;
   }
@@ -193,20 +205,15 @@ Tensor linear_cuda(Tensor x, GRINQH_LAYER_PARAMETERS, int64_t max_graded_rows) {
   const PackedWeight weight = to_tiled("linear", layer, x);
   to_grading("linear", channel_weight, thresholds, budget, weight, x);
   check_bias("linear", bias, x, weight.n);
-  const Tensor x_rows = torch::stable::reshape(x, {rows.count, weight.k});
-  Tensor y_rows = torch::stable::view(y, {rows.count, weight.n});
   const int64_t tiles = cuda::tile_count(weight.n);
-  const int64_t strip = std::max<int64_t>(1, kStripWeights / (weight.k * cuda::kTile));
+  const int64_t strip = std::max<int64_t>(1, kStripWeights / (std::max<int64_t>(k, 1) * cuda::kTile));
+  // Nearly every layer is one strip, whose product is the result: each call of torch costs the processor microseconds,
+  // which shorter prompts do not hide.
+  if (tiles <= strip) return dense_product(x, weight, bias, 0, tiles);
+  Tensor y = empty_output(x, row_scale);
   for (int64_t tile = 0; tile < tiles; tile += strip) {
-    const int64_t end = std::min(tiles, tile + strip);
-    const int64_t first = tile * cuda::kTile, count = std::min(end * cuda::kTile, weight.n) - first;
-    const Tensor dense = dense_tiles("linear", weight, x, x.scalar_type(), weight.widths.count, tile, end);
-    Tensor product = torch::stable::matmul(x_rows, dense);
-    if (layer.bias.has_value()) {
-      Tensor bias_part = *layer.bias;
-      product = torch::stable::subtract(product, torch::stable::narrow(bias_part, 0, first, count), -1.0);
-    }
-    Tensor part = torch::stable::narrow(y_rows, 1, first, count);
+    const Tensor product = dense_product(x, weight, bias, tile, std::min(tiles, tile + strip));
+    Tensor part = torch::stable::narrow(y, y.dim() - 1, tile * cuda::kTile, product.size(product.dim() - 1));
     torch::stable::copy_(part, product);
   }
   return y;

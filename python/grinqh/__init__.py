@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from grinqh.attention import use_grouped_attention
     from grinqh.calibration import CalibrationReport, calibrate
     from grinqh.config import GrinqhConfig, LayerFormat
     from grinqh.dial import DialTable, dial_table, set_bits
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from grinqh.schedule import BitsSchedule
 
 _MODULES = {
+    "attention": ("use_grouped_attention",),
     "calibration": ("CalibrationReport", "calibrate"),
     "config": ("GrinqhConfig", "LayerFormat"),
     "dial": ("DialTable", "dial_table", "set_bits"),
@@ -80,6 +82,7 @@ __all__ = [
     "stored_bits",
     "tensor_parallel",
     "token_reads",
+    "use_grouped_attention",
 ]
 
 

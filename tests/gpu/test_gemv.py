@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gpu_layers import make_layer, make_x, relative_error
+from gpu_layers import Layer, make_layer, make_x, relative_error
 
 ops = torch.ops.grinqh
 
@@ -205,6 +205,47 @@ def test_many_rows_are_a_dense_product_in_full(dtype: torch.dtype) -> None:
     wanted = x.double() @ dense.double() + layer.bias.double()
     assert relative_error(y, wanted) < (1e-5 if dtype == torch.float32 else 1e-2)
     assert torch.equal(ops.linear(x[:3].cuda(), *gpu.arguments(), 16), ops.gemv(x[:3].cuda(), *gpu.arguments()))
+
+
+@pytest.mark.parametrize("shape", [(40, 200), (1, 40, 200), (2, 3, 20, 200), (200,)], ids=str)
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_a_dense_product_has_the_shape_of_its_input(shape: tuple[int, ...], contiguous: bool) -> None:
+    layer = make_layer(300, 200, bias_dtype=torch.float32).cuda()
+    x = make_x(120, 200, torch.float32).flatten()[: 120 * 200].cuda()
+    x = x[: torch.Size(shape).numel()].reshape(shape)
+    if not contiguous:
+        x = torch.cat([x, x], dim=-1)[..., :200]
+    y = ops.linear(x, *layer.arguments(), 0)
+    wanted = x.double() @ ops.dequantize(*layer.weight(), 4, torch.float32).double() + layer.bias.double()
+    assert y.shape == wanted.shape
+    assert y.is_contiguous()
+    assert relative_error(y, wanted) < 1e-5
+
+
+def test_a_layer_of_several_strips_is_one_product() -> None:
+    tiles, k = 2049, 256  # a strip holds 2048 such tiles
+    n = tiles * 256 - 9
+    generator = torch.Generator("cuda").manual_seed(0)
+    layer = Layer(
+        planes=[
+            torch.randint(256, (1, tiles, k, 64), dtype=torch.uint8, device="cuda", generator=generator)
+            for _ in range(2)
+        ],
+        block_scale=torch.rand(tiles * 4 + 1, k, device="cuda", generator=generator).half(),
+        row_scale=torch.rand(n, device="cuda", generator=generator),
+        gain=torch.ones(2, device="cuda"),
+        channel_order=torch.randperm(k, device="cuda", generator=generator).int(),
+        channel_weight=torch.ones(k, device="cuda"),
+        thresholds=torch.zeros(2, device="cuda"),
+        widths=[2, 2],
+        block=64,
+        bias=torch.randn(n, device="cuda", generator=generator).half(),
+    )
+    x = torch.randn(1, 20, k, device="cuda", generator=generator).half()
+    y = ops.linear(x, *layer.arguments(), 16)
+    wanted = x @ ops.dequantize(*layer.weight(), 2, torch.float16) + layer.bias
+    assert y.shape == (1, 20, n)
+    assert relative_error(y, wanted) < 2e-3
 
 
 def test_gradient_of_x() -> None:

@@ -119,7 +119,7 @@ def test_one_compiled_graph_serves_every_setting_of_the_dial(model: nn.Module) -
     model.to("cuda", torch.bfloat16)
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
-    ids = TEXT[:, :1].cuda()
+    ids = TEXT[:, 1:2].cuda()  # not the first token, 0: it is the padding, whose embedding is 0
     with torch.no_grad():
         outputs = []
         for bits in (8.0, 3.0, 2.0):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,20 @@ def test_a_step_with_the_static_cache_is_that_of_the_whole_sequence(modules: dic
     torch.testing.assert_close(outputs[0], whole, rtol=1e-4, atol=1e-5)
 
 
+def test_every_method_decodes_with_the_attention_asked_for(modules: dict[str, Any]) -> None:
+    decode = modules["decode"]
+    parse, names = decode.parse_arguments, set()
+    for attention in decode.ATTENTIONS:
+        options = parse(["--tiny", "--batches", "1", "--prefill", "--attention", attention])
+        built: list[Any] = []
+        method = dataclasses.replace(modules["decode_methods"].METHODS[0], convert=built.append)
+        config = modules["decode_models"].model_config("qwen3-8b", tiny=True)
+        next(decode.measure(config, method, torch.device("cpu"), options))
+        names.add(built[0].config._attn_implementation)
+    assert names == {"sdpa", "grinqh_grouped"}
+    assert parse([]).attention == "grouped"
+
+
 def test_int4_codes_are_within_half_a_step(modules: dict[str, Any]) -> None:
     weight = torch.randn(8, 256, generator=torch.Generator().manual_seed(0))
     codes, scales_and_zeros = modules["int4_linear"].quantize_int4(weight)
@@ -91,9 +106,7 @@ def test_a_whole_run_on_a_tiny_model(
     own = [row for row in results["decode"] if row["method"] == "grinqh" and row["batch"] == 1]
     assert [row["bits"] for row in own] == list(modules["decode_methods"].DIAL)
     assert all(abs(row["read_bits"] / row["bits"] - 1) < 0.2 for row in own)
-    launches = {row["method"]: row["launches"] for row in results["parts"]}
-    assert launches["grinqh"] == launches["float16"] == 15
-    assert [launches[method] for method in FUSED] == [9, 9]
+    assert [row["mode"] for row in results["prefill"] if row["method"] == "grinqh"] == ["eager", "graph"]
     assert modules["decode_report"].tables(results).count("### qwen3-8b") == 1
 
 
@@ -121,6 +134,7 @@ def handmade() -> dict[str, Any]:
         "position": 512,
         "tiny": False,
         "layers": None,
+        "attention": "grouped",
         "decode": [
             decode_row("float16", 16, 1, 100),
             decode_row("float16", 16, 2, 190),
@@ -131,11 +145,17 @@ def handmade() -> dict[str, Any]:
         ],
         "parts": [
             {
-                "model": "llama3-8b", "method": "grinqh", "bits": 3.0, "launches": 225, "ms": 4.0,
-                "linears_ms": 2.5, "head_ms": 0.5, "rest_ms": 1.0,
+                "model": "llama3-8b", "method": "grinqh", "mode": "eager", "bits": 3.0, "kernels": 900, "ms": 4.0,
+                "linears_ms": 2.0, "head_ms": 0.5, "attention_ms": 0.4, "rest_ms": 0.9,
             }
         ],
-        "prefill": [{"model": "llama3-8b", "method": "float16", "tokens": 512, "ms": 30.04, "tokens_per_s": 17044.0}],
+        "kernels": [],
+        "prefill": [
+            {
+                "model": "llama3-8b", "method": "float16", "mode": mode, "tokens": 512, "ms": ms, "tokens_per_s": 17e3,
+            }
+            for mode, ms in (("eager", 30.04), ("graph", 28.96))
+        ],
         "memory": [{"model": "llama3-8b", "method": "float16", "weights_gb": 16.06, "peak_gb": 17.2}],
     }  # fmt: skip
 
@@ -148,8 +168,9 @@ def test_tables_show_ratios_to_float16(modules: dict[str, Any]) -> None:
     assert ["grinqh, 3 bits", "3.01", "250 (2.50x)", "380 (2.00x)"] in lines
     assert ["grinqh, 3 bits, compiled", "3.01", "300 (3.00x)", ""] in lines
     assert ["tinygemm int4", "4.01", "210 (2.10x)", ""] in lines
-    assert ["grinqh, 3 bits", "225", "4.000", "2.500", "0.500", "1.000"] in lines
-    assert ["float16", "30.0", "16.1", "17.2"] in lines
+    assert ["grinqh, 3 bits", "900", "4.000", "2.000", "0.500", "0.400", "0.900", "0.200"] in lines
+    assert ["float16", "30.0", "29.0", "16.1", "17.2"] in lines
+    assert "512 of them filled; grouped attention." in modules["decode_report"].tables(handmade())
 
 
 def test_runs_of_one_commit_are_shown_together(modules: dict[str, Any]) -> None:
