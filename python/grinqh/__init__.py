@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         token_reads,
     )
     from grinqh.parallel import tensor_parallel
+    from grinqh.prefetch import prefetch_next
     from grinqh.schedule import BitsSchedule
 
 _MODULES = {
@@ -54,6 +55,7 @@ _MODULES = {
         "token_reads",
     ),
     "parallel": ("tensor_parallel",),
+    "prefetch": ("prefetch_next",),
     "schedule": ("BitsSchedule",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
@@ -75,6 +77,7 @@ __all__ = [
     "graded",
     "packed_bytes",
     "packed_layers",
+    "prefetch_next",
     "quantize_model",
     "read_stats",
     "reset_read_stats",
