@@ -79,8 +79,6 @@ struct alignas(64) GemvArgs {
   float* partial;
   unsigned* arrivals;  // [row groups][tiles][parts of a tile's outputs]
   int overlap;         // 1: programmatic dependent launch
-  int fetches;
-  Fetch fetch[kMaxFetches];
 };
 
 // Channels are sorted by importance, so slices take chunks of 32 in turn, back and forth.
@@ -668,19 +666,6 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
     tile = drawn ? tile_queue[group][turn % 4] : tile + workers;
     if (tile < a.tiles) meet();  // before the next tile's sums
   }
-
-  // While the kernels between this one and the next of its kind leave the memory idle.
-  const unsigned threads = gridDim.x * gridDim.y * gridDim.z * kWarps * 32;
-  const unsigned thread =
-      ((blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x) * kWarps * 32 + threadIdx.x;
-#pragma unroll 1
-  for (int i = 0; i < a.fetches; ++i) {
-    const Fetch& fetch = a.fetch[i];
-    const unsigned lines = static_cast<unsigned>(fetch.bytes / 64), count = static_cast<unsigned>(fetch.count);
-#pragma unroll 1
-    for (unsigned line = thread; line < lines * count; line += threads)
-      ptx::prefetch(static_cast<const std::uint8_t*>(fetch.from) + line / lines * fetch.stride + line % lines * 64);
-  }
 }
 
 template <int kRows, int kBlocks, bool kOneBit, int kWarps, int kStages, int kResident>
@@ -758,8 +743,6 @@ GemvArgs device_args(const GemvParams& p) {
   a.slices = p.plan.slices;
   a.prefetch_slabs = p.plan.prefetch_slabs;
   a.overlap = p.overlap ? 1 : 0;
-  a.fetches = p.fetches;
-  for (int i = 0; i < p.fetches; ++i) a.fetch[i] = p.fetch[i];
   a.tickets = p.plan.drawn ? p.arrivals + gemv_tile_counters(p.plan, w.n, p.m) : nullptr;
   while (1 << a.k_warp_bits < p.plan.k_warps) ++a.k_warp_bits;
   a.columns = p.plan.columns;

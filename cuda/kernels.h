@@ -10,14 +10,6 @@
 
 namespace grinqh::cuda {
 
-// Device memory that a launch fetches to the L2 cache at its end, for the launch that comes next: `count` pieces of
-// `bytes`, `stride` bytes apart. Nothing depends on it.
-struct Fetch {
-  const void* from;
-  std::int64_t stride, bytes, count;
-};
-inline constexpr int kMaxFetches = 5;
-
 // y[r] = W(grades of x[r]) x[r] + bias for every row on its own (core.h).
 struct GemvParams {
   const void* x;  // [m][k]
@@ -33,8 +25,6 @@ struct GemvParams {
   bool overlap;         // let the launch overlap the previous kernel's end: sm_90 or later
   float* partial;       // workspace of gemv_partial_count floats
   unsigned* arrivals;   // workspace of gemv_counter_count zeros; left zero (see counters.h)
-  Fetch fetch[kMaxFetches];
-  int fetches;
 };
 Status gemv(const GemvParams& params, cudaStream_t stream);
 

@@ -129,12 +129,6 @@ Tensor linear_cpu(Tensor x, GRINQH_LAYER_PARAMETERS, int64_t max_graded_rows) {
   return y;
 }
 
-// The CPU's own prefetching serves it: what comes next is not fetched.
-Tensor linear_prefetch_cpu(Tensor x, GRINQH_LAYER_PARAMETERS, int64_t max_graded_rows, std::vector<Tensor>) {
-  return linear_cpu(x, planes, block_scale, row_scale, gain, channel_order, channel_weight, thresholds, widths, block,
-                    bias, budget, max_graded_rows);
-}
-
 Tensor sort_channels_cpu(Tensor weight, std::optional<Tensor> mean_square) {
   return sort_channels_with(weight, mean_square,
                             [](const SortParams& params) { return sort_channels(params, kTorchThreads); });
@@ -210,17 +204,11 @@ std::string cpu_isa() {
   "Tensor[] planes, Tensor block_scale, Tensor row_scale, Tensor gain, Tensor channel_order, Tensor " \
   "channel_weight, Tensor thresholds, int[] widths, int block, Tensor? bias=None, Tensor? budget=None"
 
-// Without defaults, for a schema where more arguments follow.
-#define GRINQH_LAYER_ALL                                                                              \
-  "Tensor[] planes, Tensor block_scale, Tensor row_scale, Tensor gain, Tensor channel_order, Tensor " \
-  "channel_weight, Tensor thresholds, int[] widths, int block, Tensor? bias, Tensor? budget"
-
 STABLE_TORCH_LIBRARY(grinqh, m) {
   m.def("gemv(Tensor x, " GRINQH_LAYER ") -> Tensor");
   m.def("gemv.out(Tensor x, " GRINQH_LAYER ", *, Tensor(a!) out) -> ()");
   m.def("gemv_read_bits(Tensor x, " GRINQH_LAYER ") -> (Tensor, Tensor)");
   m.def("linear(Tensor x, " GRINQH_LAYER ", int max_graded_rows=16) -> Tensor");
-  m.def("linear_prefetch(Tensor x, " GRINQH_LAYER_ALL ", int max_graded_rows, Tensor[] next) -> Tensor");
   m.def("sort_channels(Tensor weight, Tensor? mean_square=None) -> Tensor");
   m.def("quantize(Tensor weight, Tensor channel_order, int block=64) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("pack(Tensor codes, int[] widths, int[] channels) -> Tensor[]");
@@ -242,7 +230,6 @@ STABLE_TORCH_LIBRARY_IMPL(grinqh, CPU, m) {
   m.impl("gemv.out", TORCH_BOX(&binding::gemv_out_cpu));
   m.impl("gemv_read_bits", TORCH_BOX(&binding::gemv_read_bits_cpu));
   m.impl("linear", TORCH_BOX(&binding::linear_cpu));
-  m.impl("linear_prefetch", TORCH_BOX(&binding::linear_prefetch_cpu));
   m.impl("sort_channels", TORCH_BOX(&binding::sort_channels_cpu));
   m.impl("quantize", TORCH_BOX(&binding::quantize_cpu));
   m.impl("pack", TORCH_BOX(&binding::pack_cpu));

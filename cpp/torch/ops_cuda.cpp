@@ -86,35 +86,7 @@ void check_bias(const char* op, const std::optional<Tensor>& bias, const Tensor&
   if (bias.has_value()) check_tensor(op, "bias", *bias, x.scalar_type(), {n}, x);
 }
 
-// Of the layer that runs next: what every one of its rows begins with, its most important channels' first bits and
-// scales, and what grading needs. More than this many bytes would keep the kernels in between waiting.
-constexpr int64_t kFetchBytes = int64_t{4} << 20;
-
-void add_fetches(const char* op, const std::vector<Tensor>& next, const Tensor& x, cuda::GemvParams& params) {
-  if (next.empty()) return;
-  STD_TORCH_CHECK(next.size() == 4, "grinqh::", op, ": next has ", next.size(),
-                  " tensors: it must be empty or planes[0], block_scale, channel_order and channel_weight");
-  const Tensor &plane = next[0], &scale = next[1], &order = next[2], &channel_weight = next[3];
-  check_tensor(op, "next[0]", plane, ScalarType::Byte, {-1, -1, -1, -1}, x);
-  check_tensor(op, "next[1]", scale, ScalarType::Half, {-1, -1}, x);
-  const int64_t tiles = plane.size(1), stored = plane.size(2), run = plane.size(3), k = scale.size(1);
-  check_tensor(op, "next[2]", order, ScalarType::Int, {k}, x);
-  check_tensor(op, "next[3]", channel_weight, ScalarType::Float, {k}, x);
-  const int64_t blocks = tiles > 0 ? (scale.size(0) - 1) / tiles : 0;  // of a tile
-  const int64_t channels = tiles > 0 ? std::min(stored, kFetchBytes / (tiles * (run + 2 * blocks))) : 0;
-  const auto add = [&](const void* from, int64_t stride, int64_t bytes, int64_t count) {
-    if (bytes >= 64 && count > 0) params.fetch[params.fetches++] = {from, stride, bytes, count};
-  };
-  const auto* scales = static_cast<const uint16_t*>(scale.const_data_ptr());
-  add(order.const_data_ptr(), 0, 4 * k, 1);
-  add(channel_weight.const_data_ptr(), 0, 4 * k, 1);
-  add(scales + tiles * blocks * k, 0, 2 * k, 1);
-  add(plane.const_data_ptr(), stored * run, channels * run, tiles);
-  add(scales, 2 * blocks * k, 2 * blocks * channels, tiles);
-}
-
-void run_gemv(const char* op, const Tensor& x, const LayerArguments& layer, Tensor& y, Tensor* read_bits,
-              const std::vector<Tensor>& next = {}) {
+void run_gemv(const char* op, const Tensor& x, const LayerArguments& layer, Tensor& y, Tensor* read_bits) {
   const DeviceGuard guard(x.get_device_index());
   const cudaStream_t stream = stream_of(x);
   const PackedWeight weight = to_tiled(op, layer, x);
@@ -151,7 +123,6 @@ void run_gemv(const char* op, const Tensor& x, const LayerArguments& layer, Tens
   params.partial = static_cast<float*>(partial.mutable_data_ptr());
   throw_if_error(
       op, cuda::counters_for(stream, cuda::gemv_counter_count(params.plan, weight.n, rows.count), &params.arrivals));
-  add_fetches(op, next, x, params);
   throw_if_error(op, cuda::gemv(params, stream));
 }
 
@@ -219,42 +190,33 @@ Tensor dense_product(const Tensor& x, const PackedWeight& weight, const std::opt
   return torch::stable::subtract(product, part, -1.0);
 }
 
-Tensor run_linear(const char* op, const Tensor& x, const LayerArguments& layer, int64_t max_graded_rows,
-                  const std::vector<Tensor>& next) {
-  const Tensor& channel_order = layer.channel_order;
+Tensor linear_cuda(Tensor x, GRINQH_LAYER_PARAMETERS, int64_t max_graded_rows) {
+  const LayerArguments layer = GRINQH_LAYER_ARGUMENTS;
   STD_TORCH_CHECK(x.dim() >= 1, "grinqh: x has shape []: it must have at least one dimension");
-  STD_TORCH_CHECK(channel_order.dim() == 1, "grinqh::", op, ": channel_order has shape ", shape_text(channel_order),
+  STD_TORCH_CHECK(channel_order.dim() == 1, "grinqh::linear: channel_order has shape ", shape_text(channel_order),
                   ": it must be [K]");
   const int64_t k = channel_order.size(0);
-  if (row_count(op, x, k) <= max_graded_rows) {
-    Tensor y = empty_output(x, layer.row_scale);
-    run_gemv(op, x, layer, y, nullptr, next);
+  if (row_count("linear", x, k) <= max_graded_rows) {
+    Tensor y = empty_output(x, row_scale);
+    run_gemv("linear", x, layer, y, nullptr);
     return y;
   }
   const DeviceGuard guard(x.get_device_index());
-  const PackedWeight weight = to_tiled(op, layer, x);
-  to_grading(op, layer.channel_weight, layer.thresholds, layer.budget, weight, x);
-  check_bias(op, layer.bias, x, weight.n);
+  const PackedWeight weight = to_tiled("linear", layer, x);
+  to_grading("linear", channel_weight, thresholds, budget, weight, x);
+  check_bias("linear", bias, x, weight.n);
   const int64_t tiles = cuda::tile_count(weight.n);
   const int64_t strip = std::max<int64_t>(1, kStripWeights / (std::max<int64_t>(k, 1) * cuda::kTile));
   // Nearly every layer is one strip, whose product is the result: each call of torch costs the processor microseconds,
   // which shorter prompts do not hide.
-  if (tiles <= strip) return dense_product(x, weight, layer.bias, 0, tiles);
-  Tensor y = empty_output(x, layer.row_scale);
+  if (tiles <= strip) return dense_product(x, weight, bias, 0, tiles);
+  Tensor y = empty_output(x, row_scale);
   for (int64_t tile = 0; tile < tiles; tile += strip) {
-    const Tensor product = dense_product(x, weight, layer.bias, tile, std::min(tiles, tile + strip));
+    const Tensor product = dense_product(x, weight, bias, tile, std::min(tiles, tile + strip));
     Tensor part = torch::stable::narrow(y, y.dim() - 1, tile * cuda::kTile, product.size(product.dim() - 1));
     torch::stable::copy_(part, product);
   }
   return y;
-}
-
-Tensor linear_cuda(Tensor x, GRINQH_LAYER_PARAMETERS, int64_t max_graded_rows) {
-  return run_linear("linear", x, GRINQH_LAYER_ARGUMENTS, max_graded_rows, {});
-}
-
-Tensor linear_prefetch_cuda(Tensor x, GRINQH_LAYER_PARAMETERS, int64_t max_graded_rows, std::vector<Tensor> next) {
-  return run_linear("linear_prefetch", x, GRINQH_LAYER_ARGUMENTS, max_graded_rows, next);
 }
 
 Tensor grade_cuda(Tensor x, std::vector<Tensor> planes, Tensor channel_order, Tensor channel_weight, Tensor thresholds,
@@ -298,7 +260,6 @@ STABLE_TORCH_LIBRARY_IMPL(grinqh, CUDA, m) {
   m.impl("gemv.out", TORCH_BOX(&binding::gemv_out_cuda));
   m.impl("gemv_read_bits", TORCH_BOX(&binding::gemv_read_bits_cuda));
   m.impl("linear", TORCH_BOX(&binding::linear_cuda));
-  m.impl("linear_prefetch", TORCH_BOX(&binding::linear_prefetch_cuda));
   m.impl("grade", TORCH_BOX(&binding::grade_cuda));
   m.impl("dequantize", TORCH_BOX(&binding::dequantize_cuda));
 }

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
         token_reads,
     )
     from grinqh.parallel import tensor_parallel
-    from grinqh.prefetch import prefetch_next
     from grinqh.schedule import BitsSchedule
 
 _MODULES = {
@@ -55,7 +54,6 @@ _MODULES = {
         "token_reads",
     ),
     "parallel": ("tensor_parallel",),
-    "prefetch": ("prefetch_next",),
     "schedule": ("BitsSchedule",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
@@ -77,7 +75,6 @@ __all__ = [
     "graded",
     "packed_bytes",
     "packed_layers",
-    "prefetch_next",
     "quantize_model",
     "read_stats",
     "reset_read_stats",

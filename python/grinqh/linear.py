@@ -53,7 +53,6 @@ class GrinqhLinear(nn.Module):
         self.out_features = tensors["row_scale"].shape[0]
         self.max_graded_rows = max_graded_rows
         self.count_reads = False
-        self._next: tuple[GrinqhLinear] | None = None  # in a tuple, so that it is no submodule (grinqh.prefetch)
         self.register_parameter("bias", None)
         self.set_packed(tensors, format)
         device = self.gain.device
@@ -181,15 +180,7 @@ class GrinqhLinear(nn.Module):
             y, read_bits = torch.ops.grinqh.gemv_read_bits(*arguments)
             self._count(read_bits)
             return y
-        if self._next is None or self._next[0].gain.device != x.device:
-            return torch.ops.grinqh.linear(*arguments, self.max_graded_rows)
-        after = self._next[0]._parameters
-        first = [after[name] for name in ("plane_0", "block_scale", "channel_order", "channel_weight")]
-        return torch.ops.grinqh.linear_prefetch(*arguments, self.max_graded_rows, first)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy of the layer is linked to no other layer, which would be copied with it."""
-        return self.__dict__ | {"_next": None}
+        return torch.ops.grinqh.linear(*arguments, self.max_graded_rows)
 
     def _count(self, read_bits: Tensor) -> None:
         self.read_total[0] += read_bits.sum()

@@ -50,7 +50,6 @@ def _gemv_read_bits_fake(
 
 
 @torch.library.register_fake("grinqh::linear")
-@torch.library.register_fake("grinqh::linear_prefetch")
 def _linear_fake(
     x: Tensor, planes: Sequence[Tensor], block_scale: Tensor, row_scale: Tensor, *_: Any, **__: Any
 ) -> Tensor:
@@ -158,11 +157,6 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _save_for_backward(ctx, inputs[:12], inputs[12] if len(inputs) > 12 else DEFAULT_GRADED_ROWS)
 
 
-def _save_linear_prefetch(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _save_for_backward(ctx, inputs[:12], inputs[12])
-    ctx.next_tensors = len(inputs[13])
-
-
 def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
     x, *planes, block_scale, row_scale, gain, order, channel_weight, thresholds, budget = ctx.saved_tensors
     rows = x.shape[:-1].numel()
@@ -184,11 +178,6 @@ def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
 
 torch.library.register_autograd("grinqh::gemv", _gradients, setup_context=_save_gemv)
 torch.library.register_autograd("grinqh::linear", _gradients, setup_context=_save_linear)
-torch.library.register_autograd(
-    "grinqh::linear_prefetch",
-    lambda ctx, grad_y: (*_gradients(ctx, grad_y), [None] * ctx.next_tensors),
-    setup_context=_save_linear_prefetch,
-)
 torch.library.register_autograd(
     "grinqh::gemv_read_bits",
     lambda ctx, grad_y, _: _gradients(ctx, grad_y),
