@@ -200,6 +200,15 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
     return c;
   };
   Channel channel = read_channel(warp), next_channel = read_channel(warp + kWarps);
+  // What is written before this kernel runs may be fetched to L2 all the same, if not read.
+  if (warp == 0 && lane < 2) ptx::prefetch(lane ? a.gain : a.thresholds);
+  const auto prefetch_outputs = [&](int tile) {
+    if (k_warp != 0 || tile >= a.tiles) return;
+    if (lane < kTile / 32 && tile * kTile + lane * 32 < a.n) ptx::prefetch(a.row_scale + tile * kTile + lane * 32);
+    if (lane == kTile / 32 && a.slices > 1)
+      ptx::prefetch(a.arrivals + (blockIdx.z * a.tiles + tile) * gemv_parts(k_warps, kRows));
+  };
+  prefetch_outputs(first_tile);
 #pragma unroll 1
   for (int i = 0; i < a.prefetch_slabs; ++i) {
     // Nearly every channel's first subplane will be read, so the list's slabs begin about where the chunks do.
@@ -425,8 +434,6 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
   int slab = k_warp, turn = 0;
 #pragma unroll 1
   for (int tile = first_tile; tile < a.tiles;) {
-    if (k_warp == 0 && tile * kTile + lane * 32 < a.n && lane < kTile / 32)
-      ptx::prefetch(a.row_scale + tile * kTile + lane * 32);
     // For the turn after the next; nothing waits for it before this tile is done.
     const unsigned later = leader && drawn ? atomicAdd(ticket, 1) : 0;
 #pragma unroll 1
@@ -665,6 +672,7 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
     ++turn;
     tile = drawn ? tile_queue[group][turn % 4] : tile + workers;
     if (tile < a.tiles) meet();  // before the next tile's sums
+    prefetch_outputs(tile);
   }
 }
 
