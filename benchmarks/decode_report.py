@@ -40,9 +40,9 @@ def models(results: dict[str, Any]) -> list[str]:
 
 
 def decode_table(rows: Rows) -> str:
-    """Tokens a second by batch, and how many times those of float16."""
+    """Tokens a second by batch, and how many times those of float16 in the same mode."""
     batches = sorted({row["batch"] for row in rows})
-    dense = {row["batch"]: row for row in rows if row["method"] == DENSE and row["mode"] == "eager"}
+    dense = {(row["mode"], row["batch"]): row for row in rows if row["method"] == DENSE}
     by_setting: dict[str, dict[int, dict[str, Any]]] = {}
     for row in rows:
         by_setting.setdefault(setting(row), {})[row["batch"]] = row
@@ -52,7 +52,8 @@ def decode_table(rows: Rows) -> str:
         cells = [name, f"{first['read_bits']:.2f}"]
         for batch in batches:
             speed = timed[batch]["tokens_per_s"] if batch in timed else None
-            ratio = f" ({speed / dense[batch]['tokens_per_s']:.2f}x)" if speed and batch in dense else ""
+            of = dense.get((first["mode"], batch))
+            ratio = f" ({speed / of['tokens_per_s']:.2f}x)" if speed and of else ""
             cells.append(f"{speed:,.0f}{ratio}" if speed else "")
         lines.append(cells)
     return markdown_table(["tokens/s", "read bits", *(f"batch {batch}" for batch in batches)], lines)
@@ -109,7 +110,9 @@ def plot(results: dict[str, Any], to: Path) -> None:
     names = models(results)
     figure, grid = plt.subplots(1, len(names), figsize=(5.5 * len(names), 4), layout="constrained", squeeze=False)
     for axis, model in zip(grid[0], names, strict=True):
-        rows = [row for row in of_model(results, "decode", model) if row["batch"] == 1 and row["mode"] == "eager"]
+        rows = [row for row in of_model(results, "decode", model) if row["batch"] == 1]
+        mode = "compiled" if any(row["mode"] == "compiled" for row in rows) else "eager"
+        rows = [row for row in rows if row["mode"] == mode]
         colours = (f"C{i}" for i in range(10))
         for method in dict.fromkeys(row["method"] for row in rows):
             own = sorted((row for row in rows if row["method"] == method), key=lambda row: row["read_bits"])
@@ -118,7 +121,7 @@ def plot(results: dict[str, Any], to: Path) -> None:
                 axis.plot([row["read_bits"] for row in own], speed, "o-", color=next(colours), label=method)
             else:
                 axis.axhline(speed[0], linestyle="--", color=next(colours), label=method)
-        axis.set(title=model, xlabel="read bits per weight", ylabel="tokens/s, one sequence", xlim=(0, 8.5))
+        axis.set(title=model, xlabel="read bits per weight", ylabel=f"tokens/s, one sequence, {mode}", xlim=(0, 8.5))
         axis.set_ylim(bottom=0)
         axis.legend(fontsize=8)
     figure.savefig(to, dpi=110)

@@ -148,15 +148,16 @@ __device__ __noinline__ float nonfinite_sum(const GemvArgs& a, int slice, int ro
   return sum;
 }
 
-// A subplane as the copies of its runs need it: in shared memory, since the parameters' constant memory is slow to index.
+// A subplane as the copies of its runs need it: in shared memory, since the parameters' constant memory is slow to
+// index.
 struct alignas(16) Source {
   const std::uint8_t* runs;
   std::uint32_t tile_bytes;
   float unit;  // weight of a unit of its bits
 };
 
-template <int kRows, int kBlocks, bool kOneBit, int kWarps, int kStages, int kResident>
-__global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __grid_constant__ GemvArgs a) {
+template <int kRows, int kBlocks, bool kOneBit, int kWarps, int kStages>
+__global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_constant__ GemvArgs a) {
   using Layout = Shared<kRows, kBlocks, kWarps, kStages>;
   using Column = Columns<kRows, kBlocks>;
   constexpr int kSubs = kOneBit ? kMaxSubplanes : 4;  // without 1-bit planes there are at most 4
@@ -243,9 +244,8 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
   const bool holds = lane < 16 && lane % 8 < a.subs;  // lane s: subplane s's threshold, lane 8 + s: its gain
   const float held = holds ? __ldcg(&(lane < 8 ? a.thresholds : a.gain)[item(a.grade_of, lane % 8) - 1]) : 0.0f;
   const auto read_x = [&](const Channel& c, int m) {
-    return c.index < a.sub[0].channels && m < rows
-               ? load_bits(a.x, (first_row + m) * a.x_stride + c.feature, a.dtype)
-               : 0;
+    return c.index < a.sub[0].channels && m < rows ? load_bits(a.x, (first_row + m) * a.x_stride + c.feature, a.dtype)
+                                                   : 0;
   };
   float bound[kRows], factor[kRows];
   unsigned next_x[kRows];
@@ -385,8 +385,9 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int row = lane / 2 + 16 * i;
-          ptx::copy_async<16>(ring_at + stage_at + row * 32 + lane % 2 * 16,
-                              ptx::at(runs + lane % 2 * 16, ptx::load_shared(entries_at + (slab.at + row_of(row)) * 4), 32));
+          ptx::copy_async<16>(
+              ring_at + stage_at + row * 32 + lane % 2 * 16,
+              ptx::at(runs + lane % 2 * 16, ptx::load_shared(entries_at + (slab.at + row_of(row)) * 4), 32));
         }
         mine = ptx::load_shared(entries_at + (slab.at + lane) * 4);
       }
@@ -430,7 +431,8 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
   const std::uint32_t my_codes = ptx::kept(ring_at + t * 64 + ((g / 2) ^ (t / 2 * 2)) * 16 + g % 2 * 8);
   const std::uint32_t my_scales = ptx::kept(ring_at + Layout::kCodeBytes + (t * kBlocks + my_block) * 2);
 
-  std::uint32_t stage_at = 0, free_at = (kStages - 1) * Layout::kStageBytes;  // the slab's stage; that of the one before
+  std::uint32_t stage_at = 0,
+                free_at = (kStages - 1) * Layout::kStageBytes;  // the slab's stage; that of the one before
   int slab = k_warp, turn = 0;
 #pragma unroll 1
   for (int tile = first_tile; tile < a.tiles;) {
@@ -488,10 +490,9 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
 #pragma unroll
         for (int part = 0; part < Column::kParts; ++part) {
           const float unit = to_integer[part] * now.unit;
-          const uint4 v =
-              ptx::load_shared4(my_values + (part * Column::kRowsEach * a.capacity + now.at + h * 16) * 4);
-          const float value[4] = {__uint_as_float(v.x) * unit, __uint_as_float(v.y) * unit,
-                                  __uint_as_float(v.z) * unit, __uint_as_float(v.w) * unit};
+          const uint4 v = ptx::load_shared4(my_values + (part * Column::kRowsEach * a.capacity + now.at + h * 16) * 4);
+          const float value[4] = {__uint_as_float(v.x) * unit, __uint_as_float(v.y) * unit, __uint_as_float(v.z) * unit,
+                                  __uint_as_float(v.w) * unit};
 #pragma unroll
           for (int f = 0; f < Column::kOperands; ++f) {
             std::uint32_t q[4];
@@ -534,8 +535,8 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
 #pragma unroll
           for (int part = 0; part < Column::kParts; ++part) {
             const std::uint32_t mine = Column::kBlocksEach == 1 || my_block == b ? ~0u : 0u;
-            ptx::mma_u8_s8(sum[part][f][i % kTilesEach], code[0] & mask, code[1] & mask, code[2] & mask,
-                           code[3] & mask, coefficient[part][f][0] & mine, coefficient[part][f][1] & mine);
+            ptx::mma_u8_s8(sum[part][f][i % kTilesEach], code[0] & mask, code[1] & mask, code[2] & mask, code[3] & mask,
+                           coefficient[part][f][0] & mine, coefficient[part][f][1] & mine);
           }
         }
       }
@@ -557,7 +558,7 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
       int before[4];
 #pragma unroll
       for (int j = 0; j < kTilesEach; ++j) {
-        const int(&kept)[4] = sum[part][f][j];
+        const int (&kept)[4] = sum[part][f][j];
         int whole[4];
         const bool exact = j % 4 == 0;  // not nested
 #pragma unroll
@@ -640,8 +641,7 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
       }
     }
     if (a.slices > 1 && k_warp * 128 < rows * kTile) {
-      unsigned* arrivals =
-          a.arrivals + (blockIdx.z * a.tiles + tile) * gemv_parts(k_warps, kRows) + k_warp;
+      unsigned* arrivals = a.arrivals + (blockIdx.z * a.tiles + tile) * gemv_parts(k_warps, kRows) + k_warp;
       bool last = false;
       // The warp's barriers carry its stores to the counter, and the others' stores from it.
       __syncwarp();
@@ -676,9 +676,9 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) gemv_kernel(const __gr
   }
 }
 
-template <int kRows, int kBlocks, bool kOneBit, int kWarps, int kStages, int kResident>
+template <int kRows, int kBlocks, bool kOneBit, int kWarps, int kStages>
 Status launch(const GemvArgs& a, cudaStream_t stream) {
-  const auto kernel = gemv_kernel<kRows, kBlocks, kOneBit, kWarps, kStages, kResident>;
+  const auto kernel = gemv_kernel<kRows, kBlocks, kOneBit, kWarps, kStages>;
   const int bytes = Shared<kRows, kBlocks, kWarps, kStages>::total(kWarps >> a.k_warp_bits, a.capacity);
   static std::atomic<std::uint64_t> prepared[4];  // a bit for each device
   int device = 0;
@@ -763,7 +763,7 @@ GemvArgs device_args(const GemvParams& p) {
 template <int kRows, int kBlocks, bool kOneBit, bool kLarge>
 Status launch_instance(const GemvArgs& a, cudaStream_t stream) {
   constexpr GemvInstance instance = gemv_instance(kRows, kOneBit, kLarge);
-  return launch<kRows, kBlocks, kOneBit, instance.warps, instance.stages, instance.resident>(a, stream);
+  return launch<kRows, kBlocks, kOneBit, instance.warps, instance.stages>(a, stream);
 }
 
 template <int kRows, int kBlocks, bool kOneBit>

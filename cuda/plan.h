@@ -14,12 +14,12 @@ namespace grinqh::cuda {
 //   columns  [block][block][block]      block: warps / k_warps groups, each at a tile of its own
 //      |     [block][block][block]
 struct GemvPlan {
-  int slices = 1;         // parts of K
-  int k_warps = 1;        // warps that share a tile: 1, 2, 4, 8 or 16
-  int columns = 1;        // blocks for each slice
-  bool drawn = false;     // groups draw their next tile from a counter instead of a fixed stride
-  int prefetch_slabs = 0; // slabs of the first subplane that a warp fetches to L2 before x is known
-  bool large = true;      // the kernels for GPUs with much shared memory
+  int slices = 1;          // parts of K
+  int k_warps = 1;         // warps that share a tile: 1, 2, 4, 8 or 16
+  int columns = 1;         // blocks for each slice
+  bool drawn = false;      // groups draw their next tile from a counter instead of a fixed stride
+  int prefetch_slabs = 0;  // slabs of the first subplane that a warp fetches to L2 before x is known
+  bool large = true;       // the kernels for GPUs with much shared memory
 };
 
 struct GemvShape {
@@ -38,23 +38,21 @@ struct Gpu {
 // One kernel instance: rows it takes at once, warps of a block, copies in flight. 16 warps leave each
 // thread 128 registers, which one row without 1-bit planes can live with.
 struct GemvInstance {
-  int rows, warps, stages, resident;
+  int rows, warps, stages;
 };
 constexpr GemvInstance gemv_instance(std::int64_t m, bool one_bit, bool large) {
   const int most = large ? 8 : 4;
   const int rows = m == 1 ? 1 : m == 2 ? 2 : m <= 4 || most == 4 ? 4 : 8;
-  if (!large) return {rows, 8, 2, 1};
-  if (rows == 8) return {rows, 8, 2, 1};
-  return rows == 1 && !one_bit ? GemvInstance{1, 16, 3, 1} : GemvInstance{rows, 8, 4, 1};
+  if (!large) return {rows, 8, 2};
+  if (rows == 8) return {rows, 8, 2};
+  return rows == 1 && !one_bit ? GemvInstance{1, 16, 3} : GemvInstance{rows, 8, 4};
 }
 
 inline constexpr int kMostSliceChunks = 32;      // of kSlab channels, in one slice
 inline constexpr int kMostSumsRow = kTile + 80;  // ints of a row's sums with the gaps between its blocks
 
 // Parts of a tile's outputs that arrive on their own: one for each warp that has 128 outputs of the rows or more.
-GRINQH_HOST_DEVICE constexpr int gemv_parts(int k_warps, int rows) {
-  return k_warps < 2 * rows ? k_warps : 2 * rows;
-}
+GRINQH_HOST_DEVICE constexpr int gemv_parts(int k_warps, int rows) { return k_warps < 2 * rows ? k_warps : 2 * rows; }
 
 // More rows than an instance takes are further layers of the grid.
 constexpr std::int64_t gemv_layers(std::int64_t m, bool large) {

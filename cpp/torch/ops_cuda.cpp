@@ -19,8 +19,8 @@ PackedWeight to_tiled(const char* op, const PackedTensors& tensors, const Tensor
   weight.n = tensors.row_scale.size(0);
   weight.k = tensors.channel_order.size(0);
   weight.block = tensors.block;
-  STD_TORCH_CHECK(weight.n < (int64_t{1} << 31) && weight.k < (int64_t{1} << 28), "grinqh::", op, ": N is ", weight.n,
-                  " and K ", weight.k, ": allowed are N < 2^31 and K < 2^28");
+  STD_TORCH_CHECK(weight.n < (int64_t{1} << 31) && weight.k < (int64_t{1} << 26), "grinqh::", op, ": N is ", weight.n,
+                  " and K ", weight.k, ": allowed are N < 2^31 and K < 2^26");
   add_tiled_planes(op, tensors.planes, like, weight);
   check_tensor(op, "block_scale", tensors.block_scale, ScalarType::Half,
                {cuda::tile_count(weight.n) * cuda::blocks_per_tile(static_cast<int>(weight.block)) + 1, weight.k},

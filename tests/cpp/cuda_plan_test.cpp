@@ -83,12 +83,15 @@ INSTANTIATE_TEST_SUITE_P(Shapes, PlanOfShape,
                                          std::tuple{28672, 4096}, std::tuple{4096, 14336}, std::tuple{57344, 8192},
                                          std::tuple{8192, 28672}, std::tuple{300, 100000}));
 
-TEST(Plan, WorkspaceCountsEveryTileAndSliceOfEveryLayer) {
+TEST(Plan, WorkspaceCountsEveryPartOfATileAndEverySliceOfEveryLayer) {
   GemvPlan plan;
   plan.slices = 3;
   EXPECT_EQ(gemv_partial_count(plan, 300, 2), 3 * 2 * 512);
   EXPECT_EQ(gemv_counter_count(plan, 300, 1), 2 + 3);
   EXPECT_EQ(gemv_counter_count(plan, 300, 16), 2 * (2 + 3));
+  plan.k_warps = 4;  // a tile's 256 outputs of one row are two parts of 128, those of eight rows four
+  EXPECT_EQ(gemv_counter_count(plan, 300, 1), 2 * 2 + 3);
+  EXPECT_EQ(gemv_counter_count(plan, 300, 16), 2 * (2 * 4 + 3));
   plan.slices = 1;
   EXPECT_EQ(gemv_partial_count(plan, 300, 2), 0);
 }
