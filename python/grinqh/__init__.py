@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from grinqh.attention import use_grouped_attention
     from grinqh.calibration import CalibrationReport, calibrate
     from grinqh.config import GrinqhConfig, LayerFormat
+    from grinqh.decoder import fuse_decoder
     from grinqh.dial import DialTable, dial_table, set_bits
     from grinqh.errors import InputError
     from grinqh.linear import GrinqhLinear
@@ -36,6 +37,7 @@ _MODULES = {
     "attention": ("use_grouped_attention",),
     "calibration": ("CalibrationReport", "calibrate"),
     "config": ("GrinqhConfig", "LayerFormat"),
+    "decoder": ("fuse_decoder",),
     "dial": ("DialTable", "dial_table", "set_bits"),
     "errors": ("InputError",),
     "linear": ("GrinqhLinear",),
@@ -72,6 +74,7 @@ __all__ = [
     "count_reads",
     "dial_table",
     "from_pretrained",
+    "fuse_decoder",
     "graded",
     "packed_bytes",
     "packed_layers",

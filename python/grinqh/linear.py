@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from grinqh import packing
@@ -161,8 +162,54 @@ class GrinqhLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps x [..., in_features], float32, float16 or bfloat16, to [..., out_features] of the same type."""
+        arguments = self._arguments(x)
+        if self.count_reads and x.numel() <= self.max_graded_rows * self.in_features:
+            y, read_bits = torch.ops.grinqh.gemv_read_bits(*arguments)
+            self._count(read_bits)
+            return y
+        return torch.ops.grinqh.linear(*arguments, self.max_graded_rows)
+
+    def fused(
+        self,
+        x: Tensor,
+        *,
+        norm_weight: Tensor | None = None,
+        norm_eps: float = 0.0,
+        gated: bool = False,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """The layer with what a decoder layer does around it: of `prepared` x, and plus a residual.
+
+        One op does it all, in the kernel of the product where there is one. Only what gradients, hooks or the
+        counting of reads need is done in steps.
+
+        Args:
+            x: float32, float16 or bfloat16 [..., in_features], or [..., 2 * in_features] if gated.
+            norm_weight: x's dtype [in_features]; None for no norm.
+            norm_eps: of the norm.
+            gated: whether x is gates and, after them, what they are multiplied with.
+            residual: x's dtype [..., out_features], added to the rounded result; None for nothing.
+
+        Returns:
+            x's dtype [..., out_features].
+
+        Raises:
+            RuntimeError: tensors of other shapes or dtypes.
+        """
+        tensors = (x, norm_weight, residual)
+        gradients = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        hooked = bool(self._forward_pre_hooks or self._forward_hooks)
+        if gradients or hooked or self.count_reads or self.sharded:
+            prepare = prepared if gradients else torch.ops.grinqh.prepare
+            y = self(prepare(x, norm_weight, norm_eps, gated))
+            return y if residual is None else y + residual
+        around = (norm_weight, norm_eps, gated, residual)
+        return torch.ops.grinqh.fused_linear(*self._arguments(x), self.max_graded_rows, *around)
+
+    def _arguments(self, x: Tensor) -> tuple[Any, ...]:
+        """What the ops of a packed layer are called with, an input first."""
         p = self._parameters
-        arguments = (
+        return (
             x,
             [p[name] for name in self._planes],
             p["block_scale"],
@@ -176,11 +223,6 @@ class GrinqhLinear(nn.Module):
             p["bias"],
             self.budget,
         )
-        if self.count_reads and x.numel() <= self.max_graded_rows * self.in_features:
-            y, read_bits = torch.ops.grinqh.gemv_read_bits(*arguments)
-            self._count(read_bits)
-            return y
-        return torch.ops.grinqh.linear(*arguments, self.max_graded_rows)
 
     def _count(self, read_bits: Tensor) -> None:
         self.read_total[0] += read_bits.sum()
@@ -222,3 +264,25 @@ class GrinqhLinear(nn.Module):
         self._arrange_canonically()
         super()._load_from_state_dict(*arguments, **keywords)
         self.arrange()
+
+
+def prepared(x: Tensor, norm_weight: Tensor | None = None, norm_eps: float = 0.0, gated: bool = False) -> Tensor:
+    """What the op `prepare` makes of a layer's input, in operations of torch, which have gradients.
+
+    Args:
+        x: float32, float16 or bfloat16 [..., K], or [..., 2K] if gated.
+        norm_weight: x's dtype [K]: the root mean square norm with these weights; None for no norm.
+        norm_eps: added to the mean square.
+        gated: whether the first half of x, through SiLU, multiplies the second.
+
+    Returns:
+        x's dtype [..., K]; each step is rounded to it.
+    """
+    if gated:
+        gate, up = x.chunk(2, dim=-1)
+        x = functional.silu(gate) * up
+    if norm_weight is None:
+        return x
+    exact = x.float()
+    exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + norm_eps)
+    return exact.to(x.dtype) * norm_weight

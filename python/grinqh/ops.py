@@ -56,6 +56,18 @@ def _linear_fake(
     return x.new_empty((*x.shape[:-1], row_scale.shape[0]))
 
 
+@torch.library.register_fake("grinqh::prepare")
+def _prepare_fake(x: Tensor, norm_weight: Tensor | None, norm_eps: float, gated: bool) -> Tensor:
+    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2 if gated else x.shape[-1]))
+
+
+@torch.library.register_fake("grinqh::fused_linear")
+def _fused_linear_fake(
+    x: Tensor, planes: Sequence[Tensor], block_scale: Tensor, row_scale: Tensor, *_: Any, **__: Any
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], row_scale.shape[0]))
+
+
 @torch.library.register_fake("grinqh::sort_channels")
 def _sort_channels_fake(weight: Tensor, mean_square: Tensor | None = None) -> Tensor:
     return weight.new_empty((weight.shape[1],), dtype=torch.int32)
