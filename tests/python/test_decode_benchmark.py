@@ -178,7 +178,7 @@ def test_runs_of_one_commit_are_shown_together(modules: dict[str, Any]) -> None:
     together = modules["decode_report"].together
     other = handmade() | {"decode": [decode_row("float16", 16, 1, 90) | {"model": "qwen3-8b"}]}
     both = together([handmade(), other])
-    assert len(both["decode"]) == 7
+    assert len(both["decode"]) == 8
     assert modules["decode_report"].tables(both).count("\n### ") == 2
     with pytest.raises(ValueError, match="differ in commit: abc and def"):
         together([handmade(), other | {"commit": "def"}])
