@@ -129,6 +129,31 @@ Tensor linear_cpu(Tensor x, GRINQH_LAYER_PARAMETERS, int64_t max_graded_rows) {
   return y;
 }
 
+Tensor prepare_cpu(Tensor x, std::optional<Tensor> norm_weight, double norm_eps, bool gated) {
+  PrepareParams params{};
+  params.dtype = to_dtype("prepare", "x", x.scalar_type());
+  params.transform = to_transform("prepare", x, norm_weight, norm_eps, gated, &params.k);
+  const Rows rows = to_rows("prepare", x, gated ? 2 * params.k : params.k);
+  params.x = rows.x.const_data_ptr();
+  params.m = rows.count;
+  params.x_stride = rows.stride;
+  Tensor out = torch::stable::new_empty(x, output_sizes(x, params.k));
+  params.out = out.mutable_data_ptr();
+  throw_if_error("prepare", prepare(params, kTorchThreads));
+  return out;
+}
+
+Tensor fused_linear_cpu(Tensor x, GRINQH_LAYER_PARAMETERS, int64_t max_graded_rows, std::optional<Tensor> norm_weight,
+                        double norm_eps, bool gated, std::optional<Tensor> residual) {
+  const bool plain = !norm_weight.has_value() && !gated;
+  const Tensor input = plain ? x : prepare_cpu(x, norm_weight, norm_eps, gated);
+  Tensor y = linear_cpu(input, planes, block_scale, row_scale, gain, channel_order, channel_weight, thresholds, widths,
+                        block, bias, budget, max_graded_rows);
+  if (!residual.has_value()) return y;
+  check_residual("fused_linear", *residual, y);
+  return torch::stable::subtract(y, *residual, -1.0);
+}
+
 Tensor sort_channels_cpu(Tensor weight, std::optional<Tensor> mean_square) {
   return sort_channels_with(weight, mean_square,
                             [](const SortParams& params) { return sort_channels(params, kTorchThreads); });
@@ -204,11 +229,20 @@ std::string cpu_isa() {
   "Tensor[] planes, Tensor block_scale, Tensor row_scale, Tensor gain, Tensor channel_order, Tensor " \
   "channel_weight, Tensor thresholds, int[] widths, int block, Tensor? bias=None, Tensor? budget=None"
 
+// Without defaults, for a schema where more arguments follow.
+#define GRINQH_LAYER_ALL                                                                              \
+  "Tensor[] planes, Tensor block_scale, Tensor row_scale, Tensor gain, Tensor channel_order, Tensor " \
+  "channel_weight, Tensor thresholds, int[] widths, int block, Tensor? bias, Tensor? budget"
+
 STABLE_TORCH_LIBRARY(grinqh, m) {
   m.def("gemv(Tensor x, " GRINQH_LAYER ") -> Tensor");
   m.def("gemv.out(Tensor x, " GRINQH_LAYER ", *, Tensor(a!) out) -> ()");
   m.def("gemv_read_bits(Tensor x, " GRINQH_LAYER ") -> (Tensor, Tensor)");
   m.def("linear(Tensor x, " GRINQH_LAYER ", int max_graded_rows=16) -> Tensor");
+  m.def("prepare(Tensor x, Tensor? norm_weight=None, float norm_eps=0.0, bool gated=False) -> Tensor");
+  m.def("fused_linear(Tensor x, " GRINQH_LAYER_ALL
+        ", int max_graded_rows, Tensor? norm_weight=None, float norm_eps=0.0, bool gated=False, Tensor? "
+        "residual=None) -> Tensor");
   m.def("sort_channels(Tensor weight, Tensor? mean_square=None) -> Tensor");
   m.def("quantize(Tensor weight, Tensor channel_order, int block=64) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("pack(Tensor codes, int[] widths, int[] channels) -> Tensor[]");
@@ -230,6 +264,8 @@ STABLE_TORCH_LIBRARY_IMPL(grinqh, CPU, m) {
   m.impl("gemv.out", TORCH_BOX(&binding::gemv_out_cpu));
   m.impl("gemv_read_bits", TORCH_BOX(&binding::gemv_read_bits_cpu));
   m.impl("linear", TORCH_BOX(&binding::linear_cpu));
+  m.impl("prepare", TORCH_BOX(&binding::prepare_cpu));
+  m.impl("fused_linear", TORCH_BOX(&binding::fused_linear_cpu));
   m.impl("sort_channels", TORCH_BOX(&binding::sort_channels_cpu));
   m.impl("quantize", TORCH_BOX(&binding::quantize_cpu));
   m.impl("pack", TORCH_BOX(&binding::pack_cpu));

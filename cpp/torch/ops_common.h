@@ -192,6 +192,33 @@ inline Rows to_rows(const char* op, const Tensor& x, int64_t k) {
   return {torch::stable::contiguous(x), count, k};
 }
 
+// What `prepare` and `fused_linear` do to x [..., K], or [..., 2K] where it is gated; sets K.
+inline InputTransform to_transform(const char* op, const Tensor& x, const std::optional<Tensor>& norm_weight,
+                                   double norm_eps, bool gated, int64_t* k) {
+  STD_TORCH_CHECK(x.dim() >= 1, "grinqh::", op, ": x has shape []: it must have at least one dimension");
+  const int64_t width = x.size(x.dim() - 1);
+  STD_TORCH_CHECK(!gated || width % 2 == 0, "grinqh::", op, ": x has shape ", shape_text(x),
+                  ": its last size must be even, half of it gates");
+  *k = gated ? width / 2 : width;
+  InputTransform transform;
+  transform.gated = gated;
+  transform.norm_eps = static_cast<float>(norm_eps);
+  if (norm_weight.has_value()) {
+    check_tensor(op, "norm_weight", *norm_weight, x.scalar_type(), {*k}, x);
+    transform.norm_weight = norm_weight->const_data_ptr();
+  }
+  return transform;
+}
+
+inline void check_residual(const char* op, const Tensor& residual, const Tensor& y) {
+  bool fits = residual.dim() == y.dim() && residual.scalar_type() == y.scalar_type();
+  for (int64_t d = 0; fits && d < y.dim(); ++d) fits = residual.size(d) == y.size(d);
+  STD_TORCH_CHECK(fits, "grinqh::", op, ": residual is ", dtype_name(residual.scalar_type()), " of shape ",
+                  shape_text(residual), ": it must be ", dtype_name(y.scalar_type()), " of shape ", shape_text(y));
+  STD_TORCH_CHECK(residual.is_cpu() == y.is_cpu() && residual.get_device_index() == y.get_device_index(), "grinqh::",
+                  op, ": residual is on ", device_text(residual), ": it must be on ", device_text(y));
+}
+
 inline std::vector<int64_t> leading_sizes(const Tensor& x) {
   std::vector<int64_t> sizes;
   for (int64_t d = 0; d + 1 < x.dim(); ++d) sizes.push_back(x.size(d));

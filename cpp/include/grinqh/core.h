@@ -73,6 +73,17 @@ struct GradeParams {
 };
 Status grade(const GradeParams& params, const Executor& executor);
 
+// The transformed input of a layer.
+struct PrepareParams {
+  const void* x;  // [m][k], or [m][2k] where it is gated
+  std::int64_t m, k;
+  std::int64_t x_stride;  // elements from row to row
+  Dtype dtype;            // of x, the norm's weight and out
+  InputTransform transform;
+  void* out;  // [m][k]
+};
+Status prepare(const PrepareParams& params, const Executor& executor);
+
 // Dense weights at one grade (a channel with fewer stored planes: at its last), for outputs
 // [n_begin, n_end), n_begin a multiple of 128: out[j][i] = W[n_begin + i][j], j the input feature (not the stored
 // channel).

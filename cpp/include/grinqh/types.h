@@ -46,4 +46,15 @@ struct Grading {
   const float* budget = nullptr;          // [1] or null: mean read bits allowed for each row
 };
 
+// What a layer does to its input itself, in place of the module before it: nothing, an RMS norm or a gated SiLU.
+// Sums of squares run in an order that does not depend on the machine: element j goes to lane j % kNormLanes, in
+// turn; the lanes of each 32 meet pairwise, 16, 8, 4, 2 and 1 apart; those sums are added from the first to the last.
+inline constexpr int kNormLanes = 512;
+struct InputTransform {
+  const void* norm_weight = nullptr;  // [k], of x's dtype: x * (mean of x^2 + norm_eps)^-1/2, then times the weight
+  float norm_eps = 0;
+  bool gated = false;  // a row of x has 2k values g and u: silu(g) * u
+  bool nothing() const { return norm_weight == nullptr && !gated; }
+};  // every product and the SiLU are rounded to x's dtype
+
 }  // namespace grinqh
