@@ -46,7 +46,7 @@ def use_int4(head: bool) -> Callable[[Any], None]:
     return convert
 
 
-def use_grinqh(head: bool, fuse: bool = False) -> Callable[[Any], None]:
+def use_grinqh(head: bool, fuse: bool = False, layers: bool = False) -> Callable[[Any], None]:
     """Converted and calibrated on random tokens, so that the dial is that of the random model's own activations."""
 
     def convert(model: Any) -> None:
@@ -55,6 +55,8 @@ def use_grinqh(head: bool, fuse: bool = False) -> Callable[[Any], None]:
         shape = (CALIBRATION_TOKENS // CALIBRATION_LENGTH, 1, CALIBRATION_LENGTH)
         ids = torch.randint(model.config.vocab_size, shape, generator=generator)
         grinqh.calibrate(model, list(ids), progress=False)
+        if layers:
+            grinqh.fuse_decoder(model)
 
     return convert
 
@@ -67,4 +69,7 @@ METHODS = [
     Method("grinqh, head too", torch.float16, DIAL, use_grinqh(head=True), dial=True),
     Method("grinqh, fused", torch.float16, DIAL, use_grinqh(head=False, fuse=True), dial=True),
     Method("grinqh, fused, head too", torch.float16, DIAL, use_grinqh(head=True, fuse=True), dial=True),
+    Method(
+        "grinqh, fused layers, head too", torch.float16, DIAL, use_grinqh(head=True, fuse=True, layers=True), dial=True
+    ),
 ]

@@ -146,16 +146,16 @@ def _check(name: str, layer: Any) -> None:
     for child, kind in {
         "input_layernorm": "RMSNorm", "self_attn": "Attention", "post_attention_layernorm": "RMSNorm", "mlp": "MLP"
     }.items():  # fmt: skip
-        found = type(getattr(layer, child)).__name__
-        if found != f"{family}{kind}":
-            raise InputError(f"{name}.{child} is a {found}, must be a {family}{kind} to be fused")
+        module = getattr(layer, child)
+        if type(module).__name__ != f"{family}{kind}":
+            raise InputError(f"{name}.{child} is a {type(module).__name__}, must be a {family}{kind} to be fused")
     for child in PROJECTIONS:
         parent, _, projection = child.rpartition(".")
-        found = getattr(getattr(layer, parent), projection, None)
-        if found is None:
+        module = getattr(getattr(layer, parent), projection, None)
+        if module is None:
             raise InputError(f"{name} has no {child}: convert with GrinqhConfig(fuse=True), naming none of its parts")
-        if not isinstance(found, GrinqhLinear):
-            raise InputError(f"{name}.{child} is a {type(found).__name__}, must be a packed layer to be fused")
+        if not isinstance(module, GrinqhLinear):
+            raise InputError(f"{name}.{child} is a {type(module).__name__}, must be a packed layer to be fused")
     if not isinstance(layer.self_attn.q_proj, FusedPart):
         raise InputError(f"{name}.self_attn.q_proj is no part of qkv_proj")
     if type(layer.mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):

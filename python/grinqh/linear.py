@@ -185,7 +185,7 @@ class GrinqhLinear(nn.Module):
 
         Args:
             x: float32, float16 or bfloat16 [..., in_features], or [..., 2 * in_features] if gated.
-            norm_weight: x's dtype [in_features]; None for no norm.
+            norm_weight: x's dtype [in_features]; None for no norm. Not with `gated`.
             norm_eps: of the norm.
             gated: whether x is gates and, after them, what they are multiplied with.
             residual: x's dtype [..., out_features], added to the rounded result; None for nothing.
@@ -194,14 +194,17 @@ class GrinqhLinear(nn.Module):
             x's dtype [..., out_features].
 
         Raises:
+            InputError: both a norm and gates.
             RuntimeError: tensors of other shapes or dtypes.
         """
+        if gated and norm_weight is not None:
+            raise InputError("norm_weight is given and gated is True: a layer's input has one or the other")
         tensors = (x, norm_weight, residual)
         gradients = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         hooked = bool(self._forward_pre_hooks or self._forward_hooks)
         if gradients or hooked or self.count_reads or self.sharded:
             prepare = prepared if gradients else torch.ops.grinqh.prepare
-            y = self(prepare(x, norm_weight, norm_eps, gated))
+            y = self(prepare(x, norm_weight, norm_eps, gated) if gated or norm_weight is not None else x)
             return y if residual is None else y + residual
         around = (norm_weight, norm_eps, gated, residual)
         return torch.ops.grinqh.fused_linear(*self._arguments(x), self.max_graded_rows, *around)
@@ -271,7 +274,7 @@ def prepared(x: Tensor, norm_weight: Tensor | None = None, norm_eps: float = 0.0
 
     Args:
         x: float32, float16 or bfloat16 [..., K], or [..., 2K] if gated.
-        norm_weight: x's dtype [K]: the root mean square norm with these weights; None for no norm.
+        norm_weight: x's dtype [K]: the root mean square norm with these weights; None for no norm. Not with `gated`.
         norm_eps: added to the mean square.
         gated: whether the first half of x, through SiLU, multiplies the second.
 
@@ -280,7 +283,7 @@ def prepared(x: Tensor, norm_weight: Tensor | None = None, norm_eps: float = 0.0
     """
     if gated:
         gate, up = x.chunk(2, dim=-1)
-        x = functional.silu(gate) * up
+        return functional.silu(gate) * up
     if norm_weight is None:
         return x
     exact = x.float()

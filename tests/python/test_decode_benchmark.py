@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("transformers")
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-FUSED = ("grinqh, fused", "grinqh, fused, head too")
+FUSED = ("grinqh, fused", "grinqh, fused, head too", "grinqh, fused layers, head too")
 TINY = ["--tiny", "--models", "qwen3-8b", "--batches", "1", "2", "--prefill", "32"]
 
 

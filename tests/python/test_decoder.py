@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ transformers = pytest.importorskip("transformers")
 
 # At 8 bits every channel is read, whatever the order of sums makes of an importance: what is left is rounding.
 CLOSE: Any = {"rtol": 1e-4, "atol": 1e-5}
+# Rows that are graded: CPU kernels round what they multiply to fixed-point numbers, where two inputs that differ in
+# their last bit may be a step apart. Logits are about 1, and reading by grades moves them by 1e-3 to 2e-3 in itself.
+GRADED: Any = {"rtol": 2e-3, "atol": 2e-3}
 # 8 bits of precision through two blocks, at logits of about 1.
 LOOSE: Any = {"rtol": 0.05, "atol": 0.05}
 Family = Callable[..., Any]
@@ -61,7 +64,7 @@ def decoded(model: Any, ids: Tensor, prompt: int, static: bool = False) -> Tenso
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[GrinqhLinear]]:
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[GrinqhLinear]:
     """The layers that were called with the work around them."""
     called: list[GrinqhLinear] = []
     fused = GrinqhLinear.fused
@@ -71,7 +74,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[GrinqhLinear]]:
         return fused(self, *arguments, **keywords)
 
     monkeypatch.setattr(GrinqhLinear, "fused", noting)
-    yield called
+    return called
 
 
 @each_family
@@ -81,7 +84,9 @@ def test_prompts_and_steps_are_those_of_the_model_before(make: Family, static: b
     ids = token_ids(2, 24)  # prompts of 40 rows are read in full, steps of 2 are graded
     got = decoded(fused, ids, 20, static)
     assert len(calls) == 2 * 4 * 5
-    torch.testing.assert_close(got, decoded(model, ids, 20, static), **CLOSE)
+    wanted = decoded(model, ids, 20, static)
+    torch.testing.assert_close(got[:, :20], wanted[:, :20], **CLOSE)
+    torch.testing.assert_close(got[:, 20:], wanted[:, 20:], **GRADED)
 
 
 @each_family
@@ -107,7 +112,7 @@ def test_grouped_attention(make: Family) -> None:
     fused, model = both(make)
     grinqh.use_grouped_attention(fused)
     ids = token_ids(2, 24)
-    torch.testing.assert_close(decoded(fused, ids, 20, static=True), decoded(model, ids, 20, static=True), **CLOSE)
+    torch.testing.assert_close(decoded(fused, ids, 20, static=True), decoded(model, ids, 20, static=True), **GRADED)
 
 
 def test_padding_is_masked() -> None:
@@ -152,16 +157,15 @@ def test_the_window_and_what_else_an_attention_is_told_are_the_same(name: str) -
 def test_a_step_compiles_into_one_graph_for_every_setting_of_the_dial(make: Family) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    model = converted(make)
+    model = converted(make, **({"sliding_window": None} if make is mistral else {}))  # such caches count in Python
     grinqh.fuse_decoder(model)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
     cache = transformers.StaticCache(config=model.config, max_cache_len=16)
     ids, mask = token_ids(2, 9), (torch.arange(16) <= 8).expand(2, 1, 1, 16)
-    masks = {"full_attention": mask, "sliding_attention": mask} if "Qwen" in type(model).__name__ else mask
     with torch.no_grad():
         model(ids[:, :8], past_key_values=cache, use_cache=True)
-        for bits in (8.0, 3.0):
+        for bits, tolerance in ((8.0, GRADED), (3.0, LOOSE)):  # at 3 a channel may pass a threshold or not
             grinqh.set_bits(model, bits)
             outputs = []
             for forward in (model, compiled):
@@ -170,12 +174,12 @@ def test_a_step_compiles_into_one_graph_for_every_setting_of_the_dial(make: Fami
                 step = forward(
                     ids[:, 8:],
                     position_ids=torch.full((2, 1), 8),
-                    attention_mask=masks,
+                    attention_mask=mask,
                     past_key_values=cache,
                     use_cache=True,
                 )
                 outputs.append(step.logits.clone())
-            torch.testing.assert_close(outputs[1], outputs[0], **CLOSE)
+            torch.testing.assert_close(outputs[1], outputs[0], **tolerance)
     assert counter.frame_count == 1
     names = [str(node.target) for graph in counter.graphs for node in graph.graph.nodes]
     assert sum("grinqh.fused_linear" in name for name in names) == 8
@@ -202,7 +206,7 @@ def test_counting_changes_no_logits() -> None:
     fused, _ = both(bits=3)
     before = decoded(fused, token_ids(2, 12), 10)
     grinqh.count_reads(fused)
-    torch.testing.assert_close(decoded(fused, token_ids(2, 12), 10), before, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(decoded(fused, token_ids(2, 12), 10), before, rtol=0, atol=0)
 
 
 def test_a_schedule_sets_other_bits_for_other_tokens() -> None:
@@ -363,8 +367,8 @@ def test_what_cannot_be_fused_is_refused_and_stays_as_it_was(make: Family, messa
     model = make()
     with pytest.raises(grinqh.InputError, match=message):
         grinqh.fuse_decoder(model)
-    kinds = ("DecoderLayer",)
-    assert not [m for m in model.modules() if type(m).__name__.endswith(kinds) and "forward" in vars(m)]
+    layers = [module for module in model.modules() if type(module).__name__.endswith("DecoderLayer")]
+    assert not [layer for layer in layers if "forward" in vars(layer)]
 
 
 def packed_linear(dtype: torch.dtype) -> GrinqhLinear:
@@ -373,43 +377,52 @@ def packed_linear(dtype: torch.dtype) -> GrinqhLinear:
     return layer.to(dtype)
 
 
+AROUND = {"nothing": (False, False), "gated": (True, False), "norm": (False, True)}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [1, 3, 40])
-@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize("normed", [False, True], ids=["no norm", "norm"])
+@pytest.mark.parametrize(("gated", "normed"), AROUND.values(), ids=AROUND.keys())
 @pytest.mark.parametrize("added", [False, True], ids=["no residual", "residual"])
 def test_a_layer_with_what_is_around_it(dtype: torch.dtype, rows: int, gated: bool, normed: bool, added: bool) -> None:
     layer = packed_linear(dtype)
     x = torch.randn(2, rows, 192 if gated else 96).to(dtype)
-    weight = (0.5 + torch.rand(96)).to(dtype) if normed else None
+    settings: dict[str, Any] = {"gated": gated}
+    if normed:
+        settings |= {"norm_weight": (0.5 + torch.rand(96)).to(dtype), "norm_eps": 1e-5}
     residual = torch.randn(2, rows, 70).to(dtype) if added else None
     with torch.no_grad():
-        got = layer.fused(x, norm_weight=weight, norm_eps=1e-5, gated=gated, residual=residual)
-        wanted = layer(prepared(x, weight, 1e-5, gated))
-        wanted = wanted + residual if residual is not None else wanted
-        counted = copy.deepcopy(layer)
-        counted.count_reads = True
-        steps = counted.fused(x, norm_weight=weight, norm_eps=1e-5, gated=gated, residual=residual)
-    # An input that is rounded the other way moves an output by a part of its last digit.
-    tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
-    for y in (got, steps):
-        assert y.shape == (2, rows, 70)
-        assert y.dtype == dtype
-        torch.testing.assert_close(y, wanted, rtol=tolerance, atol=tolerance)
+        got = layer.fused(x, residual=residual, **settings)
+        wanted = layer(prepared(x, **settings))
+        wanted = wanted if residual is None else wanted + residual
+        layer.count_reads = True
+        counted = layer.fused(x, residual=residual, **settings)
+    # An input that is rounded the other way moves an output by a part of its last digit, at outputs of about 1.
+    tolerance = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+    assert torch.equal(got, counted)
+    assert int(layer.read_total[1]) == (2 * rows if 2 * rows <= 16 else 0)
 
 
-def test_gradients_of_a_layer_reach_all_that_is_around_it() -> None:
+@pytest.mark.parametrize("around", [{"gated": True}, {"norm_weight": 0.5 + torch.rand(96), "norm_eps": 1e-5}])
+def test_gradients_of_a_layer_reach_all_that_is_around_it(around: dict[str, Any]) -> None:
     layer = packed_linear(torch.float32)
-    tensors = [torch.randn(3, 192), 0.5 + torch.rand(96), torch.randn(3, 70)]
+    tensors = [torch.randn(3, 192 if "gated" in around else 96), torch.randn(3, 70), *list(around.values())[:1]]
     gradients = []
-    for compute in (
-        lambda x, weight, residual: layer.fused(x, norm_weight=weight, norm_eps=1e-5, gated=True, residual=residual),
-        lambda x, weight, residual: layer(prepared(x, weight, 1e-5, gated=True)) + residual,
-    ):
-        inputs = [tensor.clone().requires_grad_() for tensor in tensors]
-        gradients.append(torch.autograd.grad(compute(*inputs).square().sum(), inputs))
+    for fused in (True, False):
+        x, residual, *weight = inputs = [
+            tensor.clone().requires_grad_() for tensor in tensors if isinstance(tensor, Tensor)
+        ]
+        settings = around | ({"norm_weight": weight[0]} if weight else {})
+        y = layer.fused(x, residual=residual, **settings) if fused else layer(prepared(x, **settings)) + residual
+        gradients.append(torch.autograd.grad(y.square().sum(), inputs))
     for got, wanted in zip(*gradients, strict=True):
-        torch.testing.assert_close(got, wanted)
+        assert torch.equal(got, wanted)
+
+
+def test_a_norm_with_gates_is_refused() -> None:
+    with pytest.raises(grinqh.InputError, match="norm_weight is given and gated is True"):
+        packed_linear(torch.float32).fused(torch.randn(1, 192), norm_weight=torch.ones(96), gated=True)
 
 
 def test_hooks_of_a_layer_see_the_prepared_input() -> None:
