@@ -40,6 +40,13 @@ def fused() -> Any:
     return calibrated(tiny_model(**SIZES), GrinqhConfig(fuse=True, **SETTINGS))
 
 
+def fused_layers() -> Any:
+    """Packed layers with what is around them: a part of each process, the residual once."""
+    model = fused()
+    grinqh.fuse_decoder(model)
+    return model
+
+
 def biased() -> Any:
     """Biases on both sides, a packed head, planes left out, and key heads that have no halves: 3."""
     sizes = {
@@ -68,6 +75,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "Llama": llama,
     "Qwen3": qwen,
     "fused": fused,
+    "fused layers": fused_layers,
     "biased": biased,
     "partly packed": partly_packed,
 }
