@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 import grinqh
 
@@ -31,7 +31,7 @@ def arguments(layer: grinqh.GrinqhLinear) -> tuple[object, ...]:
 def reference(x: Tensor, weight: Tensor | None, gated: bool) -> Tensor:
     if gated:
         gate, value = x.chunk(2, dim=-1)
-        return F.silu(gate) * value
+        return functional.silu(gate) * value
     assert weight is not None
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)).to(x.dtype) * weight
