@@ -20,7 +20,7 @@
 #include <atomic>
 #include <type_traits>
 
-#include "device.cuh"
+#include "input.cuh"
 #include "kernels.h"
 #include "layout.h"
 #include "plan.h"
@@ -63,6 +63,9 @@ struct alignas(64) GemvArgs {
   const float* thresholds;
   const float* gain;
   const float* factor;
+  const void* norm_weight;  // [k] or null
+  float norm_eps;
+  int gated;
   unsigned* tickets;  // [row groups][slices], or null: every group of warps takes its tiles in a fixed stride
   Dtype dtype;
   int m, n;
@@ -75,6 +78,7 @@ struct alignas(64) GemvArgs {
   int capacity;            // entries of all lists
   const float* row_scale;
   const void* bias;
+  const void* residual;  // [m][n] or null
   void* y;
   float* partial;
   unsigned* arrivals;  // [row groups][tiles][parts of a tile's outputs]
@@ -121,14 +125,20 @@ struct Columns {
 };
 
 // The value of a weight's run for channels whose x is not finite: rare, so plain and slow.
-__device__ __noinline__ float nonfinite_sum(const GemvArgs& a, int slice, int row, int output) {
+__device__ __noinline__ float nonfinite_sum(const GemvArgs& a, int slice, int row, float norm, int output) {
   float sum = 0;
   const int tile = output / kTile, in_tile = output % kTile;
   const int blocks = static_cast<int>((a.scale_bound - a.scale) / (static_cast<std::int64_t>(a.tiles) * a.k));
   for (int round = 0; round * a.slices < a.chunks; ++round) {
     const int chunk = slice_chunk(round, slice, a.slices);
     for (int c = chunk * kSlab; c < min(a.k, (chunk + 1) * kSlab); ++c) {
-      const float x = load_number(a.x, row * a.x_stride + a.order[c], a.dtype);
+      const std::int64_t feature = a.order[c], at = row * a.x_stride + feature;
+      float x = load_number(a.x, at, a.dtype);
+      if (a.gated) {
+        x = gated_silu(x, load_number(a.x, at + a.k, a.dtype), a.dtype);
+      } else if (a.norm_weight) {
+        x = normed(x, norm, load_number(a.norm_weight, feature, a.dtype), a.dtype);
+      }
       if (isfinite(x)) continue;
       float level = 0;
       int grade = 0;
@@ -164,6 +174,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
   extern __shared__ __align__(128) std::uint8_t shared[];
   __shared__ int count[kSubs];
   __shared__ unsigned bound_bits[kRows], nonfinite;
+  __shared__ float square_groups[kRows][kNormGroups], norms[kRows];  // of the rows' norms
   __shared__ Source source[kSubs];
   __shared__ int tile_queue[kWarps][4];  // by group: its tile of each turn, turns counted modulo 4
 
@@ -203,9 +214,18 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
   Channel channel = read_channel(warp), next_channel = read_channel(warp + kWarps);
   // What is written before this kernel runs may be fetched to L2 all the same, if not read.
   if (warp == 0 && lane < 2) ptx::prefetch(lane ? a.gain : a.thresholds);
+  if (a.norm_weight) {
+#pragma unroll 1
+    for (int i = threadIdx.x * 32; i < a.k; i += kWarps * 32 * 32)  // 64 bytes of 2, or 128 of 4 each
+      ptx::prefetch(static_cast<const std::uint8_t*>(a.norm_weight) + i * (a.dtype == Dtype::f32 ? 4 : 2));
+  }
   const auto prefetch_outputs = [&](int tile) {
     if (k_warp != 0 || tile >= a.tiles) return;
     if (lane < kTile / 32 && tile * kTile + lane * 32 < a.n) ptx::prefetch(a.row_scale + tile * kTile + lane * 32);
+    if (a.residual && lane >= 16 && lane < 16 + kTile / 32 && tile * kTile + (lane - 16) * 32 < a.n)
+      ptx::prefetch(static_cast<const std::uint8_t*>(a.residual) +
+                    (first_row * std::int64_t{a.n} + tile * kTile + (lane - 16) * 32) *
+                        (a.dtype == Dtype::f32 ? 4 : 2));
     if (lane == kTile / 32 && a.slices > 1)
       ptx::prefetch(a.arrivals + (blockIdx.z * a.tiles + tile) * gemv_parts(k_warps, kRows));
   };
@@ -247,13 +267,35 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
     return c.index < a.sub[0].channels && m < rows ? load_bits(a.x, (first_row + m) * a.x_stride + c.feature, a.dtype)
                                                    : 0;
   };
-  float bound[kRows], factor[kRows];
-  unsigned next_x[kRows];
+  const auto read_gated = [&](const Channel& c, int m) {  // what the gate is multiplied with
+    return a.gated && c.index < a.sub[0].channels && m < rows
+               ? load_bits(a.x, (first_row + m) * a.x_stride + a.k + c.feature, a.dtype)
+               : 0;
+  };
+  const auto read_norm = [&](const Channel& c) {
+    return a.norm_weight && c.index < a.sub[0].channels ? load_bits(a.norm_weight, c.feature, a.dtype) : 0;
+  };
+  float bound[kRows], factor[kRows], norm[kRows];
+  unsigned next_x[kRows], next_gated[kRows], next_norm = read_norm(channel);
 #pragma unroll
   for (int m = 0; m < kRows; ++m) {
     bound[m] = 0;
+    norm[m] = 1;
     next_x[m] = read_x(channel, m);
+    next_gated[m] = read_gated(channel, m);
     factor[m] = a.factor && m < rows ? a.factor[first_row + m] : 1.0f;
+  }
+  if (a.norm_weight) {
+#pragma unroll
+    for (int m = 0; m < kRows; ++m) {
+      if (m < rows) sum_squares<kWarps * 32>(a.x, (first_row + m) * a.x_stride, a.k, a.dtype, square_groups[m]);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int m = 0; m < kRows; ++m) {
+      if (m < rows) norm[m] = norm_factor(square_groups[m], a.k, a.norm_eps);
+      if (threadIdx.x == 0) norms[m] = norm[m];
+    }
   }
   float threshold[kSubs], gain[kSubs];  // by subplane: those of one plane share its grade
 #pragma unroll
@@ -270,8 +312,15 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
 #pragma unroll
     for (int m = 0; m < kRows; ++m) {
       x[m] = to_float(next_x[m], a.dtype);
+      if (a.gated) {
+        x[m] = gated_silu(x[m], to_float(next_gated[m], a.dtype), a.dtype);
+      } else if (a.norm_weight) {
+        x[m] = normed(x[m], norm[m], to_float(next_norm, a.dtype), a.dtype);
+      }
       next_x[m] = read_x(channel, m);
+      next_gated[m] = read_gated(channel, m);
     }
+    next_norm = read_norm(channel);
     if constexpr (kMostSliceChunks > 2 * kWarps) next_channel = read_channel(round + 2 * kWarps);
     int read[kRows], most = 0;  // subplanes
 #pragma unroll
@@ -597,23 +646,33 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
       const std::int64_t row = first_row + i / kTile;
       return (row * a.tiles + tile) * kTile + i % kTile;
     };
-    const auto finish = [&](int i, const float4& sum_of_slices, const float (&scale)[4], const unsigned (&bias)[4]) {
-      const float total[4] = {sum_of_slices.x, sum_of_slices.y, sum_of_slices.z, sum_of_slices.w};
-      const std::int64_t output = tile * kTile + i % kTile, to = (first_row + i / kTile) * std::int64_t{a.n} + output;
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        float y = total[e] * scale[e];
-        if (a.bias) y += to_float(bias[e], a.dtype);
-        if (output + e < a.n) store_number(a.y, to + e, a.dtype, y);
-      }
+    struct Outputs {  // what the results of four outputs need besides their sums
+      float scale[4];
+      unsigned bias[4], residual[4];
     };
-    const auto read_outputs = [&](int i, float (&scale)[4], unsigned (&bias)[4]) {
+    const auto read_outputs = [&](int i) {
+      Outputs outputs;
       const int output = tile * kTile + i % kTile;
+      const std::int64_t place = (first_row + i / kTile) * std::int64_t{a.n} + output;
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const bool exists = output + e < a.n;
-        scale[e] = exists ? __ldg(&a.row_scale[output + e]) : 0.0f;
-        bias[e] = exists && a.bias ? load_bits(a.bias, output + e, a.dtype) : 0;
+        outputs.scale[e] = exists ? __ldg(&a.row_scale[output + e]) : 0.0f;
+        outputs.bias[e] = exists && a.bias ? load_bits(a.bias, output + e, a.dtype) : 0;
+        outputs.residual[e] = exists && a.residual ? load_bits(a.residual, place + e, a.dtype) : 0;
+      }
+      return outputs;
+    };
+    const auto finish = [&](int i, const float4& sum_of_slices, const Outputs& outputs) {
+      const float total[4] = {sum_of_slices.x, sum_of_slices.y, sum_of_slices.z, sum_of_slices.w};
+      const int output = tile * kTile + i % kTile;
+      const std::int64_t place = (first_row + i / kTile) * std::int64_t{a.n} + output;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        float y = total[e] * outputs.scale[e];
+        if (a.bias) y += to_float(outputs.bias[e], a.dtype);
+        if (a.residual) y = rounded(y, a.dtype) + to_float(outputs.residual[e], a.dtype);
+        if (output + e < a.n) store_number(a.y, place + e, a.dtype, y);
       }
     };
 #pragma unroll 1
@@ -626,18 +685,15 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
       float4 part{unit * whole.x, unit * whole.y, unit * whole.z, unit * whole.w};
       if (nonfinite >> m & 1) {
         const int output = tile * kTile + i % kTile, row = first_row + m;
-        part.x += nonfinite_sum(a, slice, row, output);
-        part.y += nonfinite_sum(a, slice, row, output + 1);
-        part.z += nonfinite_sum(a, slice, row, output + 2);
-        part.w += nonfinite_sum(a, slice, row, output + 3);
+        part.x += nonfinite_sum(a, slice, row, norms[m], output);
+        part.y += nonfinite_sum(a, slice, row, norms[m], output + 1);
+        part.z += nonfinite_sum(a, slice, row, norms[m], output + 2);
+        part.w += nonfinite_sum(a, slice, row, norms[m], output + 3);
       }
       if (a.slices > 1) {
         __stcg(reinterpret_cast<float4*>(a.partial + slice * slice_stride + part_of(i)), part);
       } else {
-        float scale[4];
-        unsigned bias[4];
-        read_outputs(i, scale, bias);
-        finish(i, part, scale, bias);
+        finish(i, part, read_outputs(i));
       }
     }
     if (a.slices > 1 && k_warp * 128 < rows * kTile) {
@@ -652,9 +708,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
         if (lane == 0) *arrivals = 0;
 #pragma unroll 1
         for (int i = first_output; i < rows * kTile; i += step) {
-          float scale[4];
-          unsigned bias[4];
-          read_outputs(i, scale, bias);
+          const Outputs outputs = read_outputs(i);
           const float* parts = a.partial + part_of(i);
           float4 total{};
 #pragma unroll 8
@@ -665,7 +719,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
             total.z += part.z;
             total.w += part.w;
           }
-          finish(i, total, scale, bias);
+          finish(i, total, outputs);
         }
       }
     }
@@ -727,6 +781,10 @@ GemvArgs device_args(const GemvParams& p) {
   a.thresholds = p.grading.thresholds;
   a.factor = p.factor;
   a.bias = p.bias;
+  a.norm_weight = p.transform.norm_weight;
+  a.norm_eps = p.transform.norm_eps;
+  a.gated = p.transform.gated ? 1 : 0;
+  a.residual = p.residual;
   a.y = p.y;
   a.partial = p.partial;
   a.arrivals = p.arrivals;
@@ -791,6 +849,7 @@ Status launch_blocks(const GemvArgs& a, bool large, cudaStream_t stream) {
 }  // namespace
 
 Status gemv(const GemvParams& params, cudaStream_t stream) {
+  if (Status status = check_transform(params.transform); !status.ok()) return status;
   if (params.m == 0 || params.weight.n == 0) return {};
   const GemvArgs args = device_args(params);
   const bool large = params.plan.large;

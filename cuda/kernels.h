@@ -10,7 +10,19 @@
 
 namespace grinqh::cuda {
 
-// y[r] = W(grades of x[r]) x[r] + bias for every row on its own (core.h).
+// The transformed input of a layer by itself (core.h).
+struct PrepareParams {
+  const void* x;  // [m][k], or [m][2k] where it is gated
+  std::int64_t m, k;
+  std::int64_t x_stride;  // elements from row to row
+  Dtype dtype;            // of x, the norm's weight and out
+  InputTransform transform;
+  void* out;  // [m][k]
+};
+Status prepare(const PrepareParams& params, cudaStream_t stream);
+
+// y[r] = W(grades of x[r]) x[r] + bias for every row on its own (core.h). With a transform, x[r] stands for the
+// transformed row; a residual is added to the result after it is rounded.
 struct GemvParams {
   const void* x;  // [m][k]
   std::int64_t m;
@@ -20,11 +32,13 @@ struct GemvParams {
   Grading grading;
   const float* factor;  // [m] of fit_budget, or null without a budget
   const void* bias;     // [n] or null
-  void* y;              // out [m][n], contiguous
-  GemvPlan plan;        // of plan_gemv, for these n, k and m
-  bool overlap;         // let the launch overlap the previous kernel's end: sm_90 or later
-  float* partial;       // workspace of gemv_partial_count floats
-  unsigned* arrivals;   // workspace of gemv_counter_count zeros; left zero (see counters.h)
+  InputTransform transform;
+  const void* residual;  // [m][n], contiguous, or null
+  void* y;               // out [m][n], contiguous
+  GemvPlan plan;         // of plan_gemv, for these n, k and m
+  bool overlap;          // let the launch overlap the previous kernel's end: sm_90 or later
+  float* partial;        // workspace of gemv_partial_count floats
+  unsigned* arrivals;    // workspace of gemv_counter_count zeros; left zero (see counters.h)
 };
 Status gemv(const GemvParams& params, cudaStream_t stream);
 

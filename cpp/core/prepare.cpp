@@ -56,13 +56,8 @@ void prepare_row(const PrepareParams& p, std::int64_t row) {
 }  // namespace
 
 Status prepare(const PrepareParams& params, const Executor& executor) {
-  if (params.transform.nothing()) return error("prepare: neither a norm nor a gate is given: one of them must be");
-  if (params.transform.norm_weight != nullptr && params.transform.gated) {
-    return error("prepare: a norm and a gate are given: only one of them is allowed");
-  }
-  if (!(params.transform.norm_eps >= 0.0f)) {
-    return error("norm_eps is %g: it must be at least 0", static_cast<double>(params.transform.norm_eps));
-  }
+  if (params.transform.nothing()) return error("neither a norm nor a gate is given: one of them must be");
+  if (Status status = check_transform(params.transform); !status.ok()) return status;
   parallel_for(executor, params.m, 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t row = begin; row < end; ++row) prepare_row(params, row);
   });

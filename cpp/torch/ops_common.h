@@ -215,8 +215,8 @@ inline void check_residual(const char* op, const Tensor& residual, const Tensor&
   for (int64_t d = 0; fits && d < y.dim(); ++d) fits = residual.size(d) == y.size(d);
   STD_TORCH_CHECK(fits, "grinqh::", op, ": residual is ", dtype_name(residual.scalar_type()), " of shape ",
                   shape_text(residual), ": it must be ", dtype_name(y.scalar_type()), " of shape ", shape_text(y));
-  STD_TORCH_CHECK(residual.is_cpu() == y.is_cpu() && residual.get_device_index() == y.get_device_index(), "grinqh::",
-                  op, ": residual is on ", device_text(residual), ": it must be on ", device_text(y));
+  STD_TORCH_CHECK(residual.is_cpu() == y.is_cpu() && residual.get_device_index() == y.get_device_index(),
+                  "grinqh::", op, ": residual is on ", device_text(residual), ": it must be on ", device_text(y));
 }
 
 inline std::vector<int64_t> leading_sizes(const Tensor& x) {

@@ -86,14 +86,21 @@ void check_bias(const char* op, const std::optional<Tensor>& bias, const Tensor&
   if (bias.has_value()) check_tensor(op, "bias", *bias, x.scalar_type(), {n}, x);
 }
 
-void run_gemv(const char* op, const Tensor& x, const LayerArguments& layer, Tensor& y, Tensor* read_bits) {
+// What fused_linear does beside the product.
+struct Around {
+  InputTransform transform;
+  const void* residual = nullptr;  // [rows][n]
+};
+
+void run_gemv(const char* op, const Tensor& x, const LayerArguments& layer, Tensor& y, Tensor* read_bits,
+              const Around& around = {}) {
   const DeviceGuard guard(x.get_device_index());
   const cudaStream_t stream = stream_of(x);
   const PackedWeight weight = to_tiled(op, layer, x);
   const Grading grading = to_grading(op, layer.channel_weight, layer.thresholds, layer.budget, weight, x);
   check_bias(op, layer.bias, x, weight.n);
   const Dtype dtype = to_dtype(op, "x", x.scalar_type());
-  const Rows rows = to_rows(op, x, weight.k);
+  const Rows rows = to_rows(op, x, around.transform.gated ? 2 * weight.k : weight.k);
   if (rows.count == 0) return;
 
   cuda::GradeParams graded = grade_params(rows, dtype, weight, grading);
@@ -116,6 +123,8 @@ void run_gemv(const char* op, const Tensor& x, const LayerArguments& layer, Tens
   params.grading = grading;
   params.factor = graded.factor;
   params.bias = layer.bias.has_value() ? layer.bias->const_data_ptr() : nullptr;
+  params.transform = around.transform;
+  params.residual = around.residual;
   params.y = y.mutable_data_ptr();
   params.plan = plan_for(shape_of(weight, rows.count), gpu);
   const Tensor partial =
@@ -219,6 +228,50 @@ Tensor linear_cuda(Tensor x, GRINQH_LAYER_PARAMETERS, int64_t max_graded_rows) {
   return y;
 }
 
+Tensor prepare_cuda(Tensor x, std::optional<Tensor> norm_weight, double norm_eps, bool gated) {
+  const DeviceGuard guard(x.get_device_index());
+  cuda::PrepareParams params{};
+  params.dtype = to_dtype("prepare", "x", x.scalar_type());
+  params.transform = to_transform("prepare", x, norm_weight, norm_eps, gated, &params.k);
+  const Rows rows = to_rows("prepare", x, gated ? 2 * params.k : params.k);
+  params.x = rows.x.const_data_ptr();
+  params.m = rows.count;
+  params.x_stride = rows.stride;
+  Tensor out = torch::stable::new_empty(x, output_sizes(x, params.k));
+  params.out = out.mutable_data_ptr();
+  throw_if_error("prepare", cuda::prepare(params, stream_of(x)));
+  return out;
+}
+
+Tensor fused_linear_cuda(Tensor x, GRINQH_LAYER_PARAMETERS, int64_t max_graded_rows, std::optional<Tensor> norm_weight,
+                         double norm_eps, bool gated, std::optional<Tensor> residual) {
+  Around around;
+  int64_t k = 0;
+  around.transform = to_transform("fused_linear", x, norm_weight, norm_eps, gated, &k);
+  throw_if_error("fused_linear", check_transform(around.transform));
+  STD_TORCH_CHECK(row_scale.dim() == 1, "grinqh::fused_linear: row_scale has shape ", shape_text(row_scale),
+                  ": it must be [N]");
+  const bool graded = row_count("fused_linear", x, gated ? 2 * k : k) <= max_graded_rows && !budget.has_value();
+  if (graded) {
+    Tensor y = torch::stable::new_empty(x, output_sizes(x, row_scale.size(0)));
+    Tensor added;  // keeps it alive
+    if (residual.has_value()) {
+      check_residual("fused_linear", *residual, y);
+      added = residual->is_contiguous() ? *residual : torch::stable::contiguous(*residual);
+      around.residual = added.const_data_ptr();
+    }
+    run_gemv("fused_linear", x, GRINQH_LAYER_ARGUMENTS, y, nullptr, around);
+    return y;
+  }
+  // Prompts, and budgets, which are fitted to the transformed rows.
+  const Tensor input = around.transform.nothing() ? x : prepare_cuda(x, norm_weight, norm_eps, gated);
+  Tensor y = linear_cuda(input, planes, block_scale, row_scale, gain, channel_order, channel_weight, thresholds, widths,
+                         block, bias, budget, max_graded_rows);
+  if (!residual.has_value()) return y;
+  check_residual("fused_linear", *residual, y);
+  return torch::stable::subtract(y, *residual, -1.0);
+}
+
 Tensor grade_cuda(Tensor x, std::vector<Tensor> planes, Tensor channel_order, Tensor channel_weight, Tensor thresholds,
                   std::vector<int64_t> widths, std::optional<Tensor> budget) {
   const DeviceGuard guard(x.get_device_index());
@@ -260,6 +313,8 @@ STABLE_TORCH_LIBRARY_IMPL(grinqh, CUDA, m) {
   m.impl("gemv.out", TORCH_BOX(&binding::gemv_out_cuda));
   m.impl("gemv_read_bits", TORCH_BOX(&binding::gemv_read_bits_cuda));
   m.impl("linear", TORCH_BOX(&binding::linear_cuda));
+  m.impl("prepare", TORCH_BOX(&binding::prepare_cuda));
+  m.impl("fused_linear", TORCH_BOX(&binding::fused_linear_cuda));
   m.impl("grade", TORCH_BOX(&binding::grade_cuda));
   m.impl("dequantize", TORCH_BOX(&binding::dequantize_cuda));
 }

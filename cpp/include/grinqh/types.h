@@ -57,4 +57,14 @@ struct InputTransform {
   bool nothing() const { return norm_weight == nullptr && !gated; }
 };  // every product and the SiLU are rounded to x's dtype
 
+inline Status check_transform(const InputTransform& transform) {
+  if (transform.norm_weight != nullptr && transform.gated) {
+    return error("a norm and a gate are given: only one of them is allowed");
+  }
+  if (!(transform.norm_eps >= 0.0f)) {
+    return error("norm_eps is %g: it must be at least 0", static_cast<double>(transform.norm_eps));
+  }
+  return {};
+}
+
 }  // namespace grinqh
