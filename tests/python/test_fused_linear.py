@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ ROWS, EPS = 16, 1e-5
 @pytest.fixture(scope="module")
 def layer() -> grinqh.GrinqhLinear:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(33, 40))
+    model: Any = nn.Sequential(nn.Linear(33, 40))
     return grinqh.quantize_model(model, progress=False)[0]
 
 
@@ -42,7 +44,7 @@ def reference(x: Tensor, weight: Tensor | None, gated: bool) -> Tensor:
 def test_prepare_is_the_norm_or_the_gate(k: int, dtype: torch.dtype) -> None:
     x, weight = torch.randn(2, 3, 2 * k).to(dtype), torch.rand(k).to(dtype)
     # One rounding of a sum or of exp may fall otherwise.
-    tolerance = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-6}
+    tolerance: Any = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-6}
     torch.testing.assert_close(ops.prepare(x[..., :k], weight, EPS), reference(x[..., :k], weight, False), **tolerance)
     torch.testing.assert_close(ops.prepare(x, None, 0.0, True), reference(x, None, True), **tolerance)
 
