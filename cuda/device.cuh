@@ -15,8 +15,11 @@ __device__ __forceinline__ unsigned load_bits(const void* from, std::int64_t i, 
 }
 
 __device__ __forceinline__ float to_float(unsigned bits, Dtype dtype) {
-  const float half = __half2float(__ushort_as_half(static_cast<std::uint16_t>(bits)));
-  return dtype == Dtype::f16 ? half : __uint_as_float(bits << (dtype == Dtype::bf16 ? 16 : 0));
+  switch (dtype) {
+    case Dtype::f16: return __half2float(__ushort_as_half(static_cast<std::uint16_t>(bits)));
+    case Dtype::bf16: return __uint_as_float(bits << 16);
+    default: return __uint_as_float(bits);
+  }
 }
 
 __device__ __forceinline__ float load_number(const void* from, std::int64_t i, Dtype dtype) {

@@ -1,0 +1,813 @@
+// y = W(grades of x) x: each block grades a slice of the channels, lists the runs of code bits that its
+// rows need, and streams those runs through shared memory into integer matrix instructions.
+//
+// ARITHMETIC  With u_s the bits of a weight in subplane s, w = scale * gain * sum_s 2^(1 - bits_s) *
+//   (u_s - (2^width_s - 1) / 2), where bits_s counts the bits down to subplane s: every subplane read
+//   adds its own small, centred matrix. An entry of the list is a (channel, subplane); its coefficient
+//   for row m and block b of outputs is x[m] * gain * 2^(1 - bits_s) * block_scale[b], held as a 16-bit
+//   integer relative to a bound on the slice's coefficients. Its two bytes are two columns of the
+//   signed matrix operand, the masked code bits the unsigned one, and all sums are exact integers:
+//   they depend neither on the order of the list nor on the other rows' channels.
+//
+//   columns of one operand, 4 blocks of 64 outputs, one row:   | b0 lo | b0 hi | b1 lo | ... | b3 hi |
+//   A matrix tile of outputs meets the columns of its own block, the others being masked, so that the tiles at one
+//   place of different blocks share their sums' registers.
+//
+// SUMS  warp: integers in registers -> block: integers in shared memory -> slice: float32 in `partial`
+//   -> the last block to arrive at a tile adds the slices in their order.
+#pragma once
+#include <cuda_fp16.h>
+
+#include <atomic>
+#include <type_traits>
+
+#include "input.cuh"
+#include "kernels.h"
+#include "layout.h"
+#include "plan.h"
+#include "ptx.h"
+
+namespace grinqh::cuda::detail {
+
+constexpr float kLargest = 32600.0f;       // of a coefficient: leaves room for rounding in 16 bits
+constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23: adding it rounds a float to an integer in the low bits
+constexpr float kCarry = 128.0f;           // makes the low byte signed
+
+struct Subplane {
+  const std::uint8_t* runs;  // [tiles][channels][run]
+  int channels;
+  int width;  // 1 or 2
+  int run;    // bytes
+};
+
+__host__ __device__ constexpr int item(std::uint64_t table, int i) { return static_cast<int>(table >> (4 * i) & 15); }
+
+// 2^(1 - bits): what a unit of a subplane's bits weighs.
+__device__ __forceinline__ float unit_weight(int bits) { return __int_as_float((128 - bits) << 23); }
+
+// The first 64 bytes are what every block needs first: constant memory arrives by such lines.
+struct alignas(64) GemvArgs {
+  int slices, columns;
+  int k_warp_bits;  // log2 of the warps that share a tile
+  int chunks;       // of 32 channels
+  int k, tiles;
+  int prefetch_slabs;  // of the first subplane that each warp fetches to L2 before x is known
+  int subs;
+  const std::int32_t* order;
+  const float* channel_weight;
+  const __half* scale_bound;  // [k]
+  const __half* scale;        // [tiles][k][blocks]
+
+  const void* x;
+  std::int64_t x_stride;
+  const float* thresholds;
+  const float* gain;
+  const float* factor;
+  const void* norm_weight;  // [k] or null
+  float norm_eps;
+  int gated;
+  unsigned* tickets;  // [row groups][slices], or null: every group of warps takes its tiles in a fixed stride
+  Dtype dtype;
+  int m, n;
+  int slice_channels;  // at most, in one slice; whole slabs
+  Subplane sub[kMaxSubplanes];
+  // Small tables in one register each, four bits an item.
+  std::uint64_t grade_of;  // by subplane: the lowest grade that reads it
+  std::uint64_t bits_of;   // by subplane: bits down to it
+  unsigned one_bit;        // by subplane, one bit: it has 1 bit
+  int capacity;            // entries of all lists
+  const float* row_scale;
+  const void* bias;
+  const void* residual;  // [m][n] or null
+  void* y;
+  float* partial;
+  unsigned* arrivals;  // [row groups][tiles][parts of a tile's outputs]
+  int overlap;         // 1: programmatic dependent launch
+};
+
+// Channels are sorted by importance, so slices take chunks of 32 in turn, back and forth.
+__device__ __forceinline__ int slice_chunk(int round, int slice, int slices) {
+  return round * slices + (round % 2 ? slices - 1 - slice : slice);
+}
+
+// What a block keeps in shared memory; the list's length is known at launch only.
+template <int kRows, int kBlocks, int kWarps, int kStages>
+struct Shared {
+  static constexpr int kCodeBytes = kSlab * 64;
+  static constexpr int kStageBytes = kCodeBytes + kSlab * kBlocks * 2;
+  static constexpr int kRing = kWarps * kStages * kStageBytes;
+  // int [groups][rows][kSumsRow]. The lanes of a warp add to different blocks and rows at once: the gaps between those
+  // send them to different banks.
+  static constexpr int kSums = kRing;
+  static constexpr int kGap = 8;
+  static constexpr int kRowGap = kRows == 1 ? 0 : (kRows == 2 ? 16 : 8);
+  static constexpr int kDenseRow = kTile + kGap * kBlocks;
+  static constexpr int kSumsRow = kDenseRow + (kRowGap + 32 - kDenseRow % 32) % 32;
+  static_assert(kSumsRow <= kMostSumsRow);
+  static __host__ __device__ constexpr int sum_of(int output) { return output + output / (kTile / kBlocks) * kGap; }
+  static __host__ __device__ int entries(int groups) { return kSums + groups * kRows * kSumsRow * 4; }
+  static __host__ __device__ int values(int groups, int capacity) { return entries(groups) + capacity * 4; }
+  static __host__ __device__ int total(int groups, int capacity) {
+    return values(groups, capacity) + kRows * capacity * 4;
+  }
+};
+
+// The columns of the signed operands. Up to four rows share one operand of 8 columns for each block, or for
+// several blocks; eight rows take two operands, `parts`, for each block.
+template <int kRows, int kBlocks>
+struct Columns {
+  static constexpr int kParts = kRows > 4 ? 2 : 1;
+  static constexpr int kPerBlock = 2 * kRows / kParts;  // columns of one block in an operand
+  static constexpr int kBlocksEach = 8 / kPerBlock < kBlocks ? 8 / kPerBlock : kBlocks;
+  static constexpr int kOperands = kBlocks / kBlocksEach;  // for a tile, in each part
+  static constexpr int kRowsEach = kRows / kParts;
+  static_assert(kPerBlock <= 8);
+};
+
+// The value of a weight's run for channels whose x is not finite: rare, so plain and slow.
+template <bool kAround>
+__device__ __noinline__ float nonfinite_sum(const GemvArgs& a, int slice, int row, float norm, int output) {
+  float sum = 0;
+  const int tile = output / kTile, in_tile = output % kTile;
+  const int blocks = static_cast<int>((a.scale_bound - a.scale) / (static_cast<std::int64_t>(a.tiles) * a.k));
+  for (int round = 0; round * a.slices < a.chunks; ++round) {
+    const int chunk = slice_chunk(round, slice, a.slices);
+    for (int c = chunk * kSlab; c < min(a.k, (chunk + 1) * kSlab); ++c) {
+      const std::int64_t feature = a.order[c], at = row * a.x_stride + feature;
+      float x = load_number(a.x, at, a.dtype);
+      if (kAround && a.gated) {
+        x = gated_silu(x, load_number(a.x, at + a.k, a.dtype), a.dtype);
+      } else if (kAround && a.norm_weight) {
+        x = normed(x, norm, load_number(a.norm_weight, feature, a.dtype), a.dtype);
+      }
+      if (isfinite(x)) continue;
+      float level = 0;
+      int grade = 0;
+      for (int s = 0; s < a.subs && c < a.sub[s].channels; ++s) {
+        const Subplane& sub = a.sub[s];
+        const RunPosition at = run_position(in_tile, sub.width);
+        const std::uint8_t byte = sub.runs[run_offset(tile, c, sub.channels, run_bytes(sub.width)) + at.byte];
+        const int mask = (1 << sub.width) - 1;
+        level += unit_weight(item(a.bits_of, s)) * (static_cast<float>(byte >> at.shift & mask) - 0.5f * mask);
+        grade = item(a.grade_of, s);
+      }
+      if (grade == 0) continue;
+      const std::int64_t scale = (static_cast<std::int64_t>(tile) * a.k + c) * blocks + in_tile / (kTile / blocks);
+      sum += x * (a.gain[grade - 1] * __half2float(a.scale[scale]) * level);
+    }
+  }
+  return sum;
+}
+
+// A subplane as the copies of its runs need it: in shared memory, since the parameters' constant memory is slow to
+// index.
+struct alignas(16) Source {
+  const std::uint8_t* runs;
+  std::uint32_t tile_bytes;
+  float unit;  // weight of a unit of its bits
+};
+
+// kAround: with a transform of x or a residual.
+template <bool kAround, int kRows, int kBlocks, bool kOneBit, int kWarps, int kStages>
+__global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_constant__ GemvArgs a) {
+  using Layout = Shared<kRows, kBlocks, kWarps, kStages>;
+  using Column = Columns<kRows, kBlocks>;
+  constexpr int kSubs = kOneBit ? kMaxSubplanes : 4;  // without 1-bit planes there are at most 4
+  extern __shared__ __align__(128) std::uint8_t shared[];
+  __shared__ int count[kSubs];
+  __shared__ unsigned bound_bits[kRows], nonfinite;
+  __shared__ float square_groups[kRows][kNormGroups], norms[kRows];  // of the rows' norms
+  __shared__ Source source[kSubs];
+  __shared__ int tile_queue[kWarps][4];  // by group: its tile of each turn, turns counted modulo 4
+
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int g = lane / 4, t = lane % 4;
+  const int slice = blockIdx.x, first_row = blockIdx.z * kRows, rows = min(kRows, a.m - first_row);
+  const int k_warps = 1 << a.k_warp_bits, groups = kWarps >> a.k_warp_bits;
+  const int group = warp >> a.k_warp_bits, k_warp = warp & (k_warps - 1);
+  const int workers = a.columns * groups, first_tile = blockIdx.y * groups + group;  // workers: groups on this slice
+  const bool leader = k_warp == 0 && lane == 0;
+  int* sums = reinterpret_cast<int*>(shared + Layout::kSums) + group * kRows * Layout::kSumsRow;
+  int* entries = reinterpret_cast<int*>(shared + Layout::entries(groups));
+  float* values = reinterpret_cast<float*>(shared + Layout::values(groups, a.capacity));
+  const auto meet = [&] {  // the warps that share a tile
+    if (k_warps == 1) {
+      __syncwarp();
+    } else {
+      ptx::barrier(1 + group, k_warps * 32);
+    }
+  };
+
+  // Before the previous kernel's results are there: all that x has no part in. Nothing here waits for what it loads.
+  struct Channel {
+    int index, feature;  // an index of k or more: none
+    float weight;
+    __half bound;
+  };
+  const auto read_channel = [&](int round) {
+    Channel c{slice_chunk(round, slice, a.slices) * kSlab + lane, 0, 0, __half(0)};
+    if (c.index < a.k) {
+      c.feature = __ldg(&a.order[c.index]);
+      c.weight = __ldg(&a.channel_weight[c.index]);
+      c.bound = a.scale_bound[c.index];
+    }
+    return c;
+  };
+  Channel channel = read_channel(warp), next_channel = read_channel(warp + kWarps);
+  // What is written before this kernel runs may be fetched to L2 all the same, if not read.
+  if (warp == 0 && lane < 2) ptx::prefetch(lane ? a.gain : a.thresholds);
+  if (kAround && a.norm_weight) {
+#pragma unroll 1
+    for (int i = threadIdx.x * 32; i < a.k; i += kWarps * 32 * 32)  // 64 bytes of 2, or 128 of 4 each
+      ptx::prefetch(static_cast<const std::uint8_t*>(a.norm_weight) + i * (a.dtype == Dtype::f32 ? 4 : 2));
+  }
+  const auto prefetch_outputs = [&](int tile) {
+    if (k_warp != 0 || tile >= a.tiles) return;
+    if (lane < kTile / 32 && tile * kTile + lane * 32 < a.n) ptx::prefetch(a.row_scale + tile * kTile + lane * 32);
+    if (kAround && a.residual && lane >= 16 && lane < 16 + kTile / 32 && tile * kTile + (lane - 16) * 32 < a.n)
+      ptx::prefetch(static_cast<const std::uint8_t*>(a.residual) +
+                    (first_row * std::int64_t{a.n} + tile * kTile + (lane - 16) * 32) *
+                        (a.dtype == Dtype::f32 ? 4 : 2));
+    if (lane == kTile / 32 && a.slices > 1)
+      ptx::prefetch(a.arrivals + (blockIdx.z * a.tiles + tile) * gemv_parts(k_warps, kRows));
+  };
+  prefetch_outputs(first_tile);
+#pragma unroll 1
+  for (int i = 0; i < a.prefetch_slabs; ++i) {
+    // Nearly every channel's first subplane will be read, so the list's slabs begin about where the chunks do.
+    const int chunk = slice_chunk(k_warp + i * k_warps, slice, a.slices), index = chunk * kSlab + lane;
+    if (index < a.sub[0].channels && first_tile < a.tiles) {
+      ptx::prefetch(a.sub[0].runs + run_offset(first_tile, index, a.sub[0].channels, a.sub[0].run));
+      if (lane % (64 / kBlocks) == 0)
+        ptx::prefetch(a.scale + (static_cast<std::int64_t>(first_tile) * a.k + index) * kBlocks);
+    }
+  }
+  if (threadIdx.x < kSubs) count[threadIdx.x] = 0;
+  if (threadIdx.x < kRows) bound_bits[threadIdx.x] = 0;
+  if (threadIdx.x == 0) nonfinite = 0;
+  if (threadIdx.x < a.subs) {
+    const Subplane& sub = a.sub[threadIdx.x];
+    source[threadIdx.x] = {sub.runs, static_cast<std::uint32_t>(sub.channels) * sub.run,
+                           unit_weight(item(a.bits_of, threadIdx.x))};
+  }
+#pragma unroll 1
+  for (int i = Layout::kSums + threadIdx.x * 16; i < Layout::total(groups, a.capacity); i += kWarps * 32 * 16)
+    *reinterpret_cast<uint4*>(shared + i) = uint4{};
+  __syncthreads();
+  ptx::wait_for_previous_kernel();
+  ptx::launch_dependents();
+  unsigned* ticket = a.tickets ? a.tickets + blockIdx.z * a.slices + slice : nullptr;
+  // Every group draws once here and once for each tile it works on, so the last draw is known by its number.
+  unsigned first_draw = 0;
+  if (leader && ticket) first_draw = atomicAdd(ticket, 1);
+
+  // Grade the slice and list its entries: one list of channels for each subplane. Every load is issued before
+  // the first result is used.
+  const bool holds = lane < 16 && lane % 8 < a.subs;  // lane s: subplane s's threshold, lane 8 + s: its gain
+  const float held = holds ? __ldcg(&(lane < 8 ? a.thresholds : a.gain)[item(a.grade_of, lane % 8) - 1]) : 0.0f;
+  const auto read_x = [&](const Channel& c, int m) {
+    return c.index < a.sub[0].channels && m < rows ? load_bits(a.x, (first_row + m) * a.x_stride + c.feature, a.dtype)
+                                                   : 0;
+  };
+  const auto read_gated = [&](const Channel& c, int m) {  // what the gate is multiplied with
+    return kAround && a.gated && c.index < a.sub[0].channels && m < rows
+               ? load_bits(a.x, (first_row + m) * a.x_stride + a.k + c.feature, a.dtype)
+               : 0;
+  };
+  const auto read_norm = [&](const Channel& c) {
+    return kAround && a.norm_weight && c.index < a.sub[0].channels ? load_bits(a.norm_weight, c.feature, a.dtype) : 0;
+  };
+  float bound[kRows], factor[kRows], norm[kRows];
+  unsigned next_x[kRows], next_gated[kRows], next_norm = read_norm(channel);
+#pragma unroll
+  for (int m = 0; m < kRows; ++m) {
+    bound[m] = 0;
+    norm[m] = 1;
+    next_x[m] = read_x(channel, m);
+    next_gated[m] = read_gated(channel, m);
+    factor[m] = a.factor && m < rows ? a.factor[first_row + m] : 1.0f;
+  }
+  if (kAround && a.norm_weight) {
+#pragma unroll
+    for (int m = 0; m < kRows; ++m) {
+      if (m < rows) sum_squares<kWarps * 32>(a.x, (first_row + m) * a.x_stride, a.k, a.dtype, square_groups[m]);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int m = 0; m < kRows; ++m) {
+      if (m < rows) norm[m] = norm_factor(square_groups[m], a.k, a.norm_eps);
+      if (threadIdx.x == 0) norms[m] = norm[m];
+    }
+  }
+  float threshold[kSubs], gain[kSubs];  // by subplane: those of one plane share its grade
+#pragma unroll
+  for (int s = 0; s < kSubs; ++s) {
+    threshold[s] = __shfl_sync(~0u, held, s);
+    gain[s] = __shfl_sync(~0u, held, 8 + s);
+    if (kRows == 1) threshold[s] = scaled_threshold(threshold[s], factor[0]);
+  }
+#pragma unroll 1
+  for (int round = warp; round * a.slices < a.chunks; round += kWarps) {
+    const Channel c = channel;
+    float x[kRows];
+    channel = next_channel;
+#pragma unroll
+    for (int m = 0; m < kRows; ++m) {
+      x[m] = to_float(next_x[m], a.dtype);
+      if (kAround && a.gated) {
+        x[m] = gated_silu(x[m], to_float(next_gated[m], a.dtype), a.dtype);
+      } else if (kAround && a.norm_weight) {
+        x[m] = normed(x[m], norm[m], to_float(next_norm, a.dtype), a.dtype);
+      }
+      next_x[m] = read_x(channel, m);
+      next_gated[m] = read_gated(channel, m);
+    }
+    next_norm = read_norm(channel);
+    if constexpr (kMostSliceChunks > 2 * kWarps) next_channel = read_channel(round + 2 * kWarps);
+    int read[kRows], most = 0;  // subplanes
+#pragma unroll
+    for (int m = 0; m < kRows; ++m) {
+      const float importance = fabsf(x[m]) * c.weight;
+      float chosen = 0;
+      read[m] = 0;
+#pragma unroll
+      for (int s = 0; s < kSubs; ++s) {
+        // A NaN is read in full, so that it reaches the result as in a dense product.
+        const bool below = importance < (kRows == 1 ? threshold[s] : scaled_threshold(threshold[s], factor[m]));
+        const bool reads = (c.index < a.sub[s].channels) & (m < rows) & !below;
+        read[m] = reads ? s + 1 : read[m];
+        chosen = reads ? gain[s] : chosen;
+      }
+      most = max(most, read[m]);
+      x[m] *= chosen;
+      if (!isfinite(x[m])) {
+        atomicOr(&nonfinite, 1u << m);
+        read[m] = 0;
+        x[m] = 0;
+      }
+      bound[m] = fmaxf(bound[m], fabsf(x[m]) * __half2float(c.bound));
+    }
+    unsigned readers[kSubs];
+    int base = 0;
+#pragma unroll
+    for (int s = 0; s < kSubs; ++s) {
+      readers[s] = __ballot_sync(~0u, most > s);
+      if (lane == s) base = __popc(readers[s]);
+    }
+    if (lane < kSubs) base = atomicAdd(&count[lane], base);
+#pragma unroll
+    for (int s = 0; s < kSubs; ++s) {
+      const int at = a.slice_channels * s + __shfl_sync(~0u, base, s) + __popc(readers[s] & ((1u << lane) - 1));
+      if (most > s) {
+        entries[at] = c.index;
+#pragma unroll
+        for (int m = 0; m < kRows; ++m) values[m * a.capacity + at] = read[m] > s ? x[m] : 0.0f;
+      }
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < kRows; ++m) {
+    // Non-negative floats compare as their bits do.
+    const unsigned largest = __reduce_max_sync(~0u, __float_as_uint(bound[m]));
+    if (lane == 0) atomicMax(&bound_bits[m], largest);
+  }
+  __syncthreads();
+
+  // The slabs of a tile, numbered through its subplanes. A warp takes every k_warps-th, and goes on
+  // counting from tile to tile, so that the warps of a group get equal shares.
+  int end[kSubs];
+#pragma unroll
+  for (int s = 0; s < kSubs; ++s) end[s] = (s ? end[s - 1] : 0) + (count[s] + kSlab - 1) / kSlab;
+  const int slabs = end[kSubs - 1];
+  // Drawing tiles needs copies that run at most one tile ahead; with fewer slabs the stride is fixed. All
+  // blocks of a slice have the same list, so they agree.
+  const bool drawn = ticket && slabs >= (kStages - 1) * k_warps;
+  if (leader && ticket) {
+    tile_queue[group][1] = workers + static_cast<int>(first_draw);
+    if (!drawn && first_draw == static_cast<unsigned>(workers) - 1) *ticket = 0;
+  }
+  if (drawn) meet();
+  struct Slab {
+    int sub, at;  // at: its first entry in its list
+    float unit;   // weight of a unit of its bits
+  };
+  const auto find = [&](int slab) {
+    Slab found{0, slab, 0};
+#pragma unroll
+    for (int s = 0; s + 1 < kSubs; ++s) {
+      if (slab >= end[s]) found = {s + 1, slab - end[s], 0};
+    }
+    found.at = found.at * kSlab + found.sub * a.slice_channels;
+    return found;
+  };
+  std::uint8_t* ring = shared + warp * kStages * Layout::kStageBytes;
+
+  // Starts the copies of this warp's next slab: its runs and its channels' block scales. Entry e of the list goes to
+  // row_of(e), so that the four channels of a lane's operand are neighbours in the list; a run's 16-byte parts are
+  // swizzled so that reading them has no bank conflicts.
+  const auto row_of = [](int entry) { return entry / 16 * 16 + entry % 4 * 4 + entry / 4 % 4; };  // its own inverse
+  const std::uint32_t ring_at = ptx::shared_address(ring), entries_at = ptx::shared_address(entries);
+  const std::uint32_t run_to = ptx::kept(ring_at + row_of(4 * g) * 64 + (t ^ (g / 2 % 2 * 2)) * 16);
+  const std::uint32_t scale_to = ptx::kept(ring_at + Layout::kCodeBytes + row_of(lane) * 2 * kBlocks);
+  const std::uint32_t list_at = ptx::kept(entries_at + g * 16);
+  int load_tile = slabs ? first_tile : a.tiles, load_slab = k_warp, load_turn = 0;
+  const auto load = [&](std::uint32_t stage_at) {
+    Slab slab{};
+    while (load_slab >= slabs && load_tile < a.tiles) {
+      load_slab -= slabs;
+      ++load_turn;
+      load_tile = drawn ? tile_queue[group][load_turn % 4] : load_tile + workers;
+    }
+    if (load_tile < a.tiles) {
+      slab = find(load_slab);
+      const Source from = source[slab.sub];
+      slab.unit = from.unit;
+      const std::uint8_t* runs = ptx::at(from.runs, load_tile, from.tile_bytes);
+      const std::uint8_t* scales = ptx::at(a.scale, load_tile, static_cast<std::uint32_t>(a.k) * (2 * kBlocks));
+      std::uint32_t mine;  // the channel of entry `lane`
+      if (!kOneBit || !(a.one_bit >> slab.sub & 1)) {
+        const uint4 channels = ptx::load_shared4(list_at + slab.at * 4);
+        const std::uint32_t channel[4] = {channels.x, channels.y, channels.z, channels.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          ptx::copy_async<16>(run_to + stage_at + i * 256, ptx::at(runs + t * 16, channel[i], 64));
+        mine = t < 2 ? (t == 0 ? channels.x : channels.y) : (t == 2 ? channels.z : channels.w);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int row = lane / 2 + 16 * i;
+          ptx::copy_async<16>(
+              ring_at + stage_at + row * 32 + lane % 2 * 16,
+              ptx::at(runs + lane % 2 * 16, ptx::load_shared(entries_at + (slab.at + row_of(row)) * 4), 32));
+        }
+        mine = ptx::load_shared(entries_at + (slab.at + lane) * 4);
+      }
+      ptx::copy_async<2 * kBlocks>(scale_to + stage_at, ptx::at(scales, mine, 2 * kBlocks));
+      load_slab += k_warps;
+    }
+    ptx::commit_copies();
+    return slab;
+  };
+  Slab ahead[kStages - 1];  // the slabs that are being copied
+#pragma unroll
+  for (int i = 0; i < kStages - 1; ++i) ahead[i] = load(i * Layout::kStageBytes);
+
+  constexpr int kTilesEach = 16 / kBlocks;  // matrix tiles of a block
+  int sum[Column::kParts][Column::kOperands][kTilesEach][4], centre[Column::kParts][Column::kOperands];
+  const auto clear = [&] {
+#pragma unroll
+    for (int part = 0; part < Column::kParts; ++part) {
+#pragma unroll
+      for (int f = 0; f < Column::kOperands; ++f) {
+#pragma unroll
+        for (int j = 0; j < kTilesEach; ++j) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) sum[part][f][j][e] = 0;
+        }
+        centre[part][f] = 0;
+      }
+    }
+  };
+  clear();
+  const int my_block = g / Column::kPerBlock % Column::kBlocksEach, my_row = g % Column::kPerBlock / 2;
+  const float first_unit = source[0].unit;
+  float to_integer[Column::kParts];
+#pragma unroll
+  for (int part = 0; part < Column::kParts; ++part) {
+    const float largest = __uint_as_float(bound_bits[part * Column::kRowsEach + my_row]) * first_unit;
+    to_integer[part] = largest > 1e-30f ? __fdividef(kLargest, largest) : 0.0f;
+  }
+  const std::uint32_t pick = g % 2 ? 0x51 : 0x40, flip = g % 2 ? 0 : 0x80808080u;
+  const std::uint32_t my_values = ptx::kept(ptx::shared_address(values + my_row * a.capacity + t * 4));
+  const std::uint32_t my_codes = ptx::kept(ring_at + t * 64 + ((g / 2) ^ (t / 2 * 2)) * 16 + g % 2 * 8);
+  const std::uint32_t my_scales = ptx::kept(ring_at + Layout::kCodeBytes + (t * kBlocks + my_block) * 2);
+
+  std::uint32_t stage_at = 0,
+                free_at = (kStages - 1) * Layout::kStageBytes;  // the slab's stage; that of the one before
+  int slab = k_warp, turn = 0;
+#pragma unroll 1
+  for (int tile = first_tile; tile < a.tiles;) {
+    // For the turn after the next; nothing waits for it before this tile is done.
+    const unsigned later = leader && drawn ? atomicAdd(ticket, 1) : 0;
+#pragma unroll 1
+    for (; slab < slabs; slab += k_warps) {
+      const Slab now = ahead[0];
+      const bool is_two = !kOneBit || !(a.one_bit >> now.sub & 1);
+      ptx::wait_copies<kStages - 2>();
+      __syncwarp();
+
+      // Code bits of this lane's 8 channels.
+      std::uint32_t first[2][4], second[2][4];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (is_two) {
+            const uint2 v = ptx::load_shared2(my_codes + stage_at + (h * 16 + i * 4) * 64);
+            first[h][i] = v.x;
+            second[h][i] = v.y;
+          } else {
+            first[h][i] = ptx::load_shared(ring_at + stage_at + (h * 16 + i * 4 + t) * 32 + g * 4);
+          }
+        }
+      }
+      // Their coefficients: one column of each operand.
+      std::uint32_t coefficient[Column::kParts][Column::kOperands][2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float scale[4][Column::kOperands];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const std::uint32_t from = my_scales + stage_at + (h * 16 + i * 4) * kBlocks * 2;
+          if constexpr (Column::kBlocksEach == 1) {
+            // Every lane needs all blocks of its channels: one wide load.
+            std::uint32_t wide[kBlocks / 2];
+            if constexpr (kBlocks == 2) {
+              wide[0] = ptx::load_shared(from);
+            } else if constexpr (kBlocks == 4) {
+              *reinterpret_cast<uint2*>(wide) = ptx::load_shared2(from);
+            } else {
+              *reinterpret_cast<uint4*>(wide) = ptx::load_shared4(from);
+            }
+#pragma unroll
+            for (int f = 0; f < kBlocks; ++f)
+              scale[i][f] = __half2float(__ushort_as_half(static_cast<std::uint16_t>(wide[f / 2] >> (f % 2 * 16))));
+          } else {
+#pragma unroll
+            for (int f = 0; f < Column::kOperands; ++f)
+              scale[i][f] = __half2float(ptx::load_shared_half(from + f * Column::kBlocksEach * 2));
+          }
+        }
+#pragma unroll
+        for (int part = 0; part < Column::kParts; ++part) {
+          const float unit = to_integer[part] * now.unit;
+          const uint4 v = ptx::load_shared4(my_values + (part * Column::kRowsEach * a.capacity + now.at + h * 16) * 4);
+          const float value[4] = {__uint_as_float(v.x) * unit, __uint_as_float(v.y) * unit, __uint_as_float(v.z) * unit,
+                                  __uint_as_float(v.w) * unit};
+#pragma unroll
+          for (int f = 0; f < Column::kOperands; ++f) {
+            std::uint32_t q[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) q[i] = __float_as_uint(fmaf(value[i], scale[i][f], kToInteger + kCarry));
+            const std::uint32_t bytes =
+                __byte_perm(__byte_perm(q[0], q[1], pick), __byte_perm(q[2], q[3], pick), 0x5410) ^ flip;
+            centre[part][f] = __dp4a(static_cast<int>(bytes), is_two ? 0x03030303 : 0x01010101, centre[part][f]);
+            coefficient[part][f][h] = bytes;
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i + 2 < kStages; ++i) ahead[i] = ahead[i + 1];
+      ahead[kStages - 2] = load(free_at);
+
+      // One channel per byte; then each matrix tile's codes, masked in place. Masks that grow within a
+      // block save the last one: a tile's sum is the difference from the one before.
+      constexpr int kNested = kTilesEach < 4 ? kTilesEach : 4;
+#pragma unroll
+      for (int p = 0; p < 4; ++p) {
+        std::uint32_t code[4];  // rows g and g + 8, channels of h = 0 and of h = 1
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const auto& w = is_two && p >= 2 ? second[h] : first[h];
+          const bool upper = is_two ? p % 2 : p / 2;  // bytes 2, 3 or 0, 1
+          const std::uint32_t ab = __byte_perm(w[0], w[1], upper ? 0x7362 : 0x5140);
+          const std::uint32_t cd = __byte_perm(w[2], w[3], upper ? 0x7362 : 0x5140);
+          const int shift = is_two ? 0 : p % 2;
+          code[2 * h] = __byte_perm(ab, cd, 0x5410) >> shift;
+          code[2 * h + 1] = __byte_perm(ab, cd, 0x7632) >> shift;
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int i = 4 * p + j, tile_block = i / kTilesEach;
+          const int f = tile_block / Column::kBlocksEach, b = tile_block % Column::kBlocksEach;
+          std::uint32_t mask = 0;
+#pragma unroll
+          for (int n = j - j % kNested; n <= j; ++n) mask |= (is_two ? 0x03030303u : 0x01010101u) << (2 * n);
+#pragma unroll
+          for (int part = 0; part < Column::kParts; ++part) {
+            const std::uint32_t mine = Column::kBlocksEach == 1 || my_block == b ? ~0u : 0u;
+            ptx::mma_u8_s8(sum[part][f][i % kTilesEach], code[0] & mask, code[1] & mask, code[2] & mask, code[3] & mask,
+                           coefficient[part][f][0] & mine, coefficient[part][f][1] & mine);
+          }
+        }
+      }
+      free_at = stage_at;
+      stage_at = stage_at == (kStages - 1) * Layout::kStageBytes ? 0 : stage_at + Layout::kStageBytes;
+    }
+    slab -= slabs;
+
+    // Registers -> shared memory: twice the centred sums, as integers. A lane's two columns are the
+    // bytes of one row and block.
+    const int pair_block = 2 * t / Column::kPerBlock, pair_row = 2 * t % Column::kPerBlock / 2;
+#pragma unroll
+    for (int operand = 0; operand < Column::kParts * Column::kOperands; ++operand) {
+      const int part = operand / Column::kOperands, f = operand % Column::kOperands;
+      int c = centre[part][f];
+      c += __shfl_xor_sync(~0u, c, 1);
+      c += __shfl_xor_sync(~0u, c, 2);  // lane 4 * column + any holds the column's
+      const int centred = __shfl_sync(~0u, c, t * 8) + 256 * __shfl_sync(~0u, c, t * 8 + 4);
+      int before[4];
+#pragma unroll
+      for (int j = 0; j < kTilesEach; ++j) {
+        const int (&kept)[4] = sum[part][f][j];
+        int whole[4];
+        const bool exact = j % 4 == 0;  // not nested
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          whole[e] = exact ? kept[e] : kept[e] - before[e];
+          before[e] = kept[e];
+        }
+        if (pair_block < Column::kBlocksEach) {
+          const int i = (f * Column::kBlocksEach + pair_block) * kTilesEach + j;
+          int* to = &sums[(part * Column::kRowsEach + pair_row) * Layout::kSumsRow + Layout::sum_of(16 * i) + g];
+          const int down = 2 * (i % 4);
+          const int upper = 2 * (256 * (whole[1] >> down) + (whole[0] >> down)) - centred;
+          const int lower = 2 * (256 * (whole[3] >> down) + (whole[2] >> down)) - centred;
+          if (k_warps == 1) {
+            to[0] = upper;
+            to[8] = lower;
+          } else {
+            atomicAdd(&to[0], upper);
+            atomicAdd(&to[8], lower);
+          }
+        }
+      }
+    }
+    clear();
+    if (leader && drawn) {
+      tile_queue[group][(turn + 2) % 4] = workers + static_cast<int>(later);
+      if (later == static_cast<unsigned>(workers + a.tiles) - 1) *ticket = 0;
+    }
+    meet();
+
+    // Shared memory -> float32 of the slice, or the result where there is one slice only; four outputs a thread. From
+    // here on every warp goes its own way: its part of the tile has an arrival counter of its own.
+    const int first_output = (k_warp * 32 + lane) * 4, step = k_warps * 128;
+    const std::int64_t slice_stride = static_cast<std::int64_t>(a.m) * a.tiles * kTile;
+    const auto part_of = [&](int i) {  // the place of outputs i.. of a slice's sums
+      const std::int64_t row = first_row + i / kTile;
+      return (row * a.tiles + tile) * kTile + i % kTile;
+    };
+    struct Outputs {  // what the results of four outputs need besides their sums
+      float scale[4];
+      unsigned bias[4], residual[4];
+    };
+    const auto read_outputs = [&](int i) {
+      Outputs outputs;
+      const int output = tile * kTile + i % kTile;
+      const std::int64_t place = (first_row + i / kTile) * std::int64_t{a.n} + output;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const bool exists = output + e < a.n;
+        outputs.scale[e] = exists ? __ldg(&a.row_scale[output + e]) : 0.0f;
+        outputs.bias[e] = exists && a.bias ? load_bits(a.bias, output + e, a.dtype) : 0;
+        outputs.residual[e] = kAround && exists && a.residual ? load_bits(a.residual, place + e, a.dtype) : 0;
+      }
+      return outputs;
+    };
+    const auto finish = [&](int i, const float4& sum_of_slices, const Outputs& outputs) {
+      const float total[4] = {sum_of_slices.x, sum_of_slices.y, sum_of_slices.z, sum_of_slices.w};
+      const int output = tile * kTile + i % kTile;
+      const std::int64_t place = (first_row + i / kTile) * std::int64_t{a.n} + output;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        float y = total[e] * outputs.scale[e];
+        if (a.bias) y += to_float(outputs.bias[e], a.dtype);
+        if (kAround && a.residual) y = rounded(y, a.dtype) + to_float(outputs.residual[e], a.dtype);
+        if (output + e < a.n) store_number(a.y, place + e, a.dtype, y);
+      }
+    };
+#pragma unroll 1
+    for (int i = first_output; i < rows * kTile; i += step) {
+      const int m = i / kTile;
+      int4* sums_at = reinterpret_cast<int4*>(&sums[m * Layout::kSumsRow + Layout::sum_of(i % kTile)]);
+      const int4 whole = *sums_at;
+      *sums_at = int4{};
+      const float unit = __uint_as_float(bound_bits[m]) * (0.5f / kLargest * first_unit);
+      float4 part{unit * whole.x, unit * whole.y, unit * whole.z, unit * whole.w};
+      if (nonfinite >> m & 1) {
+        const int output = tile * kTile + i % kTile, row = first_row + m;
+        part.x += nonfinite_sum<kAround>(a, slice, row, kAround ? norms[m] : 1.0f, output);
+        part.y += nonfinite_sum<kAround>(a, slice, row, kAround ? norms[m] : 1.0f, output + 1);
+        part.z += nonfinite_sum<kAround>(a, slice, row, kAround ? norms[m] : 1.0f, output + 2);
+        part.w += nonfinite_sum<kAround>(a, slice, row, kAround ? norms[m] : 1.0f, output + 3);
+      }
+      if (a.slices > 1) {
+        __stcg(reinterpret_cast<float4*>(a.partial + slice * slice_stride + part_of(i)), part);
+      } else {
+        finish(i, part, read_outputs(i));
+      }
+    }
+    if (a.slices > 1 && k_warp * 128 < rows * kTile) {
+      unsigned* arrivals = a.arrivals + (blockIdx.z * a.tiles + tile) * gemv_parts(k_warps, kRows) + k_warp;
+      bool last = false;
+      // The warp's barriers carry its stores to the counter, and the others' stores from it.
+      __syncwarp();
+      if (lane == 0) last = ptx::arrive(arrivals) == static_cast<unsigned>(a.slices - 1);
+      last = __shfl_sync(~0u, last, 0);
+      __syncwarp();
+      if (last) {
+        if (lane == 0) *arrivals = 0;
+#pragma unroll 1
+        for (int i = first_output; i < rows * kTile; i += step) {
+          const Outputs outputs = read_outputs(i);
+          const float* parts = a.partial + part_of(i);
+          float4 total{};
+#pragma unroll 8
+          for (int s = 0; s < a.slices; ++s) {
+            const float4 part = __ldcg(reinterpret_cast<const float4*>(parts + s * slice_stride));
+            total.x += part.x;
+            total.y += part.y;
+            total.z += part.z;
+            total.w += part.w;
+          }
+          finish(i, total, outputs);
+        }
+      }
+    }
+    ++turn;
+    tile = drawn ? tile_queue[group][turn % 4] : tile + workers;
+    if (tile < a.tiles) meet();  // before the next tile's sums
+    prefetch_outputs(tile);
+  }
+}
+
+template <bool kAround, int kRows, int kBlocks, bool kOneBit, int kWarps, int kStages>
+Status launch(const GemvArgs& a, cudaStream_t stream) {
+  const auto kernel = gemv_kernel<kAround, kRows, kBlocks, kOneBit, kWarps, kStages>;
+  const int bytes = Shared<kRows, kBlocks, kWarps, kStages>::total(kWarps >> a.k_warp_bits, a.capacity);
+  static std::atomic<std::uint64_t> prepared[4];  // a bit for each device
+  int device = 0;
+  cudaError_t failure = cudaGetDevice(&device);
+  const std::uint64_t bit = std::uint64_t{1} << (device % 64);
+  if (failure == cudaSuccess && !(prepared[device / 64 % 4] & bit)) {
+    // A block may use more than 48 KB of shared memory only after this.
+    int most = 0;
+    failure = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    cudaFuncAttributes attributes{};
+    if (failure == cudaSuccess) failure = cudaFuncGetAttributes(&attributes, kernel);
+    if (failure == cudaSuccess)
+      failure = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     most - static_cast<int>(attributes.sharedSizeBytes));
+    if (failure == cudaSuccess) prepared[device / 64 % 4] |= bit;
+  }
+  if (failure == cudaSuccess) {
+    cudaLaunchAttribute overlap{};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(a.slices, a.columns, (a.m + kRows - 1) / kRows);
+    config.blockDim = dim3(kWarps * 32);
+    config.dynamicSmemBytes = bytes;
+    config.stream = stream;
+    config.attrs = &overlap;
+    config.numAttrs = a.overlap;
+    failure = cudaLaunchKernelEx(&config, kernel, a);
+  }
+  if (failure != cudaSuccess) return error("grinqh gemv: %s", cudaGetErrorString(failure));
+  return {};
+}
+
+template <bool kAround, int kRows, int kBlocks, bool kOneBit, bool kLarge>
+Status launch_instance(const GemvArgs& a, cudaStream_t stream) {
+  constexpr GemvInstance instance = gemv_instance(kRows, kOneBit, kLarge);
+  return launch<kAround, kRows, kBlocks, kOneBit, instance.warps, instance.stages>(a, stream);
+}
+
+template <bool kAround, int kRows, int kBlocks, bool kOneBit>
+Status launch_rows(const GemvArgs& a, bool large, cudaStream_t stream) {
+  return large ? launch_instance<kAround, kRows, kBlocks, kOneBit, true>(a, stream)
+               : launch_instance<kAround, kRows, kBlocks, kOneBit, false>(a, stream);
+}
+
+// The instances: rows of x at once, blocks per tile, whether a plane has 1 bit.
+template <bool kAround, int kBlocks, bool kOneBit>
+Status launch_planes(const GemvArgs& a, bool large, cudaStream_t stream) {
+  switch (gemv_instance(a.m, kOneBit, large).rows) {
+    case 1: return launch_rows<kAround, 1, kBlocks, kOneBit>(a, large, stream);
+    case 2: return launch_rows<kAround, 2, kBlocks, kOneBit>(a, large, stream);
+    case 4: return launch_rows<kAround, 4, kBlocks, kOneBit>(a, large, stream);
+    default: return launch_instance<kAround, 8, kBlocks, kOneBit, true>(a, stream);
+  }
+}
+
+template <bool kAround, int kBlocks>
+Status launch_blocks(const GemvArgs& a, bool large, cudaStream_t stream) {
+  return a.one_bit ? launch_planes<kAround, kBlocks, true>(a, large, stream)
+                   : launch_planes<kAround, kBlocks, false>(a, large, stream);
+}
+
+template <bool kAround>
+Status launch_gemv(const GemvArgs& a, std::int64_t block, bool large, cudaStream_t stream) {
+  switch (block) {
+    case 32: return launch_blocks<kAround, 8>(a, large, stream);
+    case 64: return launch_blocks<kAround, 4>(a, large, stream);
+    case 128: return launch_blocks<kAround, 2>(a, large, stream);
+    default: return error("grinqh gemv: block is %lld; 32, 64 and 128 are supported", static_cast<long long>(block));
+  }
+}
+
+// gemv_around.cu compiles these: the instances are most of the backend's compile time.
+extern template Status launch_gemv<true>(const GemvArgs& a, std::int64_t block, bool large, cudaStream_t stream);
+
+}  // namespace grinqh::cuda::detail
