@@ -100,6 +100,13 @@ def tables(results: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def of_one_sequence(rows: Rows) -> tuple[str, Rows]:
+    """A mode, the compiled one if it was timed, and its rows at batch 1."""
+    rows = [row for row in rows if row["batch"] == 1]
+    mode = "compiled" if any(row["mode"] == "compiled" for row in rows) else "eager"
+    return mode, [row for row in rows if row["mode"] == mode]
+
+
 def plot(results: dict[str, Any], to: Path) -> None:
     """Tokens a second of one sequence against read bits, with the other methods as lines."""
     import matplotlib
@@ -110,9 +117,7 @@ def plot(results: dict[str, Any], to: Path) -> None:
     names = models(results)
     figure, grid = plt.subplots(1, len(names), figsize=(5.5 * len(names), 4), layout="constrained", squeeze=False)
     for axis, model in zip(grid[0], names, strict=True):
-        rows = [row for row in of_model(results, "decode", model) if row["batch"] == 1]
-        mode = "compiled" if any(row["mode"] == "compiled" for row in rows) else "eager"
-        rows = [row for row in rows if row["mode"] == mode]
+        mode, rows = of_one_sequence(of_model(results, "decode", model))
         colours = (f"C{i}" for i in range(10))
         for method in dict.fromkeys(row["method"] for row in rows):
             own = sorted((row for row in rows if row["method"] == method), key=lambda row: row["read_bits"])

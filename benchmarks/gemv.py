@@ -140,9 +140,10 @@ def own_times(
                 x = activations(kind, m, k)
                 thresholds = thresholds_for(x, target, widths)
                 read, realised = bytes_read(x, thresholds, widths, n)
+                of_copy = [thresholds.clone() for _ in packed.planes]  # a layer has thresholds of its own
 
-                def make(copy: int, x: Tensor = x, thresholds: Tensor = thresholds) -> Callable[[], object]:
-                    return packed.call(copy, x, thresholds)
+                def make(copy: int, x: Tensor = x, of_copy: list[Tensor] = of_copy) -> Callable[[], object]:
+                    return packed.call(copy, x, of_copy[copy])
 
                 us = median_microseconds(rotating(make, len(packed.planes)))
                 yield {

@@ -14,6 +14,13 @@ __device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
 // keep it in a register. All lanes of the warp must call it together.
 __device__ __forceinline__ std::uint32_t kept(std::uint32_t value) { return __shfl_xor_sync(~0u, value, 0); }
 
+// base + index * stride, as one step: the compiler would take sums of products apart.
+__device__ __forceinline__ const std::uint8_t* at(const void* base, std::uint32_t index, std::uint32_t stride) {
+  std::uint64_t address;
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(address) : "r"(index), "r"(stride), "l"(base));
+  return reinterpret_cast<const std::uint8_t*>(address);
+}
+
 // Loads from an address in shared memory.
 __device__ __forceinline__ std::uint32_t load_shared(std::uint32_t address) {
   std::uint32_t value;
@@ -51,13 +58,6 @@ __device__ __forceinline__ void copy_async(std::uint32_t to, const void* from, b
                  : "memory");
   }
 }
-// base + index * stride, in one instruction: the compiler would take sums of products apart.
-__device__ __forceinline__ const std::uint8_t* at(const void* base, std::uint32_t index, std::uint32_t stride) {
-  std::uint64_t address;
-  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(address) : "r"(index), "r"(stride), "l"(base));
-  return reinterpret_cast<const std::uint8_t*>(address);
-}
-
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
 __device__ __forceinline__ void wait_copies() {

@@ -201,7 +201,6 @@ Tensor dense_product(const Tensor& x, const PackedWeight& weight, const std::opt
 
 Tensor linear_cuda(Tensor x, GRINQH_LAYER_PARAMETERS, int64_t max_graded_rows) {
   const LayerArguments layer = GRINQH_LAYER_ARGUMENTS;
-  STD_TORCH_CHECK(x.dim() >= 1, "grinqh: x has shape []: it must have at least one dimension");
   STD_TORCH_CHECK(channel_order.dim() == 1, "grinqh::linear: channel_order has shape ", shape_text(channel_order),
                   ": it must be [K]");
   const int64_t k = channel_order.size(0);

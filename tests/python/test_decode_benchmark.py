@@ -85,6 +85,24 @@ def test_int4_codes_are_within_half_a_step(modules: dict[str, Any]) -> None:
     assert ((restored - weight).abs() <= 0.55 * scale + 0.02).all()  # scales and zeros are rounded to bfloat16
 
 
+def test_compiled_int4_products_are_one_opaque_op(modules: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    int4 = modules["int4_linear"]
+    monkeypatch.setattr(int4, "int4_product", lambda rows, weight, scales: rows.sum(1, keepdim=True) * scales[0, :, 0])
+    layer = int4.Int4Linear.__new__(int4.Int4Linear)  # torch packs int4 weights on a GPU only
+    torch.nn.Module.__init__(layer)
+    layer.in_features, layer.out_features = 128, 4
+    layer.weight, layer.scales_and_zeros = torch.zeros(1), torch.rand(1, 4, 2)
+    targets: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Any:
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    x = torch.randn(2, 3, 128)
+    torch.testing.assert_close(torch.compile(layer, backend=backend, fullgraph=True)(x), layer(x))
+    assert any("int4_linear.product" in target for target in targets)
+
+
 def test_a_whole_run_on_a_tiny_model(
     modules: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -180,8 +198,23 @@ def test_runs_of_one_commit_are_shown_together(modules: dict[str, Any]) -> None:
     both = together([handmade(), other])
     assert len(both["decode"]) == 8
     assert modules["decode_report"].tables(both).count("\n### ") == 2
-    with pytest.raises(ValueError, match="differ in commit: abc and def"):
-        together([handmade(), other | {"commit": "def"}])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("gpu", "another"), ("commit", "def"), ("cache_length", 512), ("layers", 2), ("attention", "sdpa")],
+)
+def test_runs_that_differ_are_not_shown_together(modules: dict[str, Any], key: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"the runs differ in {key}: .* and {value}"):
+        modules["decode_report"].together([handmade(), handmade() | {key: value}])
+
+
+def test_the_picture_shows_compiled_steps_where_there_are_any(modules: dict[str, Any]) -> None:
+    of_one_sequence, rows = modules["decode_report"].of_one_sequence, handmade()["decode"]
+    mode, shown = of_one_sequence(rows)
+    assert (mode, [row["tokens_per_s"] for row in shown]) == ("compiled", [120, 300])
+    mode, shown = of_one_sequence([row for row in rows if row["mode"] == "eager"])
+    assert (mode, [row["tokens_per_s"] for row in shown]) == ("eager", [100, 210, 250])
 
 
 def test_the_report_fills_the_page_and_draws_the_picture(modules: dict[str, Any], tmp_path: Path) -> None:

@@ -44,6 +44,18 @@ def test_the_ops_tell_products_of_attention_from_linear_layers(times: Any) -> No
 
 
 @pytest.mark.parametrize(
+    ("name", "ops", "category"),
+    [
+        ("reduce_kernel", ("aten::linear", "aten::addmm"), "linears"),
+        ("flash_named_gemm", ("grinqh::linear",), "linears"),
+        (GEMM, ("aten::matmul", "aten::bmm"), "attention"),
+    ],
+)
+def test_ops_are_asked_before_names(times: Any, name: str, ops: tuple[str, ...], category: str) -> None:
+    assert times.own_category(times.Kernel(name, 1.0, ops)) == category
+
+
+@pytest.mark.parametrize(
     ("name", "category"),
     [
         ("void tinygemm_m16n8k16_chunk_kernel<...>", "linears"),
