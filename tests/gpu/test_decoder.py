@@ -57,6 +57,7 @@ def test_one_captured_graph_serves_every_setting_of_the_dial(model: nn.Module) -
     assert not torch.equal(*outputs)
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch, in its own compiler
 @torch.no_grad()
 def test_fused_layers_compile_to_one_graph(model: nn.Module) -> None:
     grinqh.fuse_decoder(model)
