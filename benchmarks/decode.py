@@ -41,13 +41,14 @@ PREFILL_REPEATS = 5
 CACHE_LENGTH = 1024
 POSITION = 512  # tokens in the cache before the timed step
 ATTENTIONS = ("sdpa", "grouped")
+COMPILE = {"combo_kernels": True}  # small kernels that do not depend on each other become one
 TOKENS = 8  # different tokens that the timed step is given in turn
 
 Row = tuple[str, dict[str, Any]]  # with the name of the list that it belongs to
 
 
 class DecodeStep:
-    """The call that makes one token's logits for each sequence of a batch, always at the same position.
+    """The call that makes one token's logits for each sequence of a batch, at the position after those before.
 
     Args:
         model: a causal language model of transformers.
@@ -202,7 +203,7 @@ def measure(config: Any, method: Method, device: torch.device, options: argparse
     yield prefill_rows(model, method, options.prefill, "eager")
     yield iter([("memory", memory | {"peak_gb": peak_gb()})])
     yield prefill_rows(model, method, options.prefill, "graph")
-    forward = torch.compile(model, dynamic=False) if options.compile else None
+    forward = torch.compile(model, dynamic=False, options=COMPILE) if options.compile else None
     if forward is not None:
         yield decode_rows(model, method, [1], forward)
     # Last: a profiler that has run may slow down what follows.

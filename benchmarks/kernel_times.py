@@ -34,12 +34,14 @@ class Kernel:
     """One launch."""
 
     name: str
-    us: float
+    us: float  # in which no kernel that began before it ran
     ops: tuple[str, ...] = ()  # that it was launched by, outermost first; none in a graph
 
 
 def kernels_of(trace: Iterable[dict[str, Any]]) -> list[Kernel]:
     """The kernels of a trace, copies and fills among them, in the order of their begin.
+
+    A kernel that begins before the one before has ended counts from there: their times add up to that of both.
 
     Args:
         trace: the events of torch.profiler's trace file.
@@ -52,8 +54,12 @@ def kernels_of(trace: Iterable[dict[str, Any]]) -> list[Kernel]:
         if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
             launcher = by_id.get(event.get("args", {}).get("External id"))
             chain = () if launcher is None else _around(launcher, ops)
-            found.append((event["ts"], Kernel(event["name"], event["dur"], chain)))
-    return [kernel for _, kernel in sorted(found, key=lambda item: item[0])]
+            found.append((event["ts"], event["ts"] + event["dur"], event["name"], chain))
+    kernels, free = [], 0.0  # since when none ran
+    for begin, end, name, chain in sorted(found, key=lambda item: item[:2]):
+        kernels.append(Kernel(name, max(0.0, end - max(begin, free)), chain))
+        free = max(free, end)
+    return kernels
 
 
 def _around(op: dict[str, Any], ops: list[dict[str, Any]]) -> tuple[str, ...]:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import torch
 
-REPLAYS = 30
+RUNS = 20
+TOGETHER = 8  # replays in a run
 WARM_UP = 3
 
 
@@ -39,13 +40,18 @@ class Replay:
         self.run = graph.replay
         Replay.captures += 1
 
-    def milliseconds(self, prepare: Callable[[int], object] = lambda _: None, replays: int = REPLAYS) -> float:
-        """Median time of a replay; `prepare(i)` is called before the i-th, and not timed."""
-        return median_milliseconds(self.run, prepare, replays)
+    def milliseconds(self, prepare: Callable[[int], object] = lambda _: None, runs: int = RUNS) -> float:
+        """Median time of a replay in runs of several that follow each other as tokens do, so that none waits for its
+        launch; `prepare(i)` is called before the i-th run, and not timed."""
+        return median_milliseconds(self._run_together, prepare, runs) / TOGETHER
+
+    def _run_together(self) -> None:
+        for _ in range(TOGETHER):
+            self.run()
 
 
 def median_milliseconds(
-    call: Callable[[], object], prepare: Callable[[int], object] = lambda _: None, repeats: int = REPLAYS
+    call: Callable[[], object], prepare: Callable[[int], object] = lambda _: None, repeats: int = RUNS
 ) -> float:
     """Median time of a call by the GPU's own clock, or without a GPU by the processor's; `prepare` is not timed."""
     times = []

@@ -43,6 +43,12 @@ def test_the_ops_tell_products_of_attention_from_linear_layers(times: Any) -> No
     assert times.categories(step(times)) == [category for *_, category in STEP]
 
 
+def test_kernels_that_overlap_count_from_the_end_of_those_before(times: Any) -> None:
+    spans = [("a", 0, 10), ("b", 4, 12), ("c", 5, 8), ("d", 20, 3)]
+    trace = [{"ph": "X", "cat": "kernel", "name": name, "ts": ts, "dur": dur} for name, ts, dur in reversed(spans)]
+    assert [(kernel.name, kernel.us) for kernel in times.kernels_of(trace)] == [("a", 10), ("b", 6), ("c", 0), ("d", 3)]
+
+
 @pytest.mark.parametrize(
     ("name", "ops", "category"),
     [
