@@ -1,6 +1,7 @@
+#include <algorithm>
+#include <compare>
 #include <map>
 #include <mutex>
-#include <utility>
 
 #include "counters.h"
 
@@ -30,19 +31,26 @@ struct Range {
   std::int64_t count = 0;
 };
 
+// Launches that follow each other: those of a stream, or those of a stream within one capture.
+struct Sequence {
+  int device = 0;
+  unsigned long long stream = 0, capture = 0;
+  auto operator<=>(const Sequence&) const = default;
+};
+
 struct Pool {
   std::mutex mutex;
-  std::map<int, Range> left;                                      // by device
-  std::map<std::pair<int, unsigned long long>, Range> of_stream;  // by device and stream id
+  std::map<int, Range> left;  // by device
+  std::map<Sequence, Range> taken;
 
-  cudaError_t take(int device, std::int64_t count, unsigned** counters) {
+  cudaError_t take(int device, std::int64_t count, Range* taken_range) {
     Range& range = left[device];
     if (range.count < count) {
-      Range fresh{nullptr, count > kChunk ? count : kChunk};
+      Range fresh{nullptr, std::max(count, kChunk)};
       if (const cudaError_t failure = allocate_zeros(fresh.count, &fresh.begin); failure != cudaSuccess) return failure;
       range = fresh;
     }
-    *counters = range.begin;
+    *taken_range = {range.begin, count};
     range.begin += count;
     range.count -= count;
     return cudaSuccess;
@@ -54,27 +62,33 @@ Pool& pool() {
   return *instance;
 }
 
+cudaError_t sequence_of(cudaStream_t stream, Sequence* sequence) {
+  cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
+  unsigned long long capture = 0;
+  cudaError_t failure = cudaGetDevice(&sequence->device);
+  if (failure == cudaSuccess) failure = cudaStreamGetCaptureInfo(stream, &capturing, &capture);
+  if (failure != cudaSuccess) return failure;
+  if (capturing == cudaStreamCaptureStatusNone) return cudaStreamGetId(stream, &sequence->stream);
+  // A capturing stream may not be asked for its id. Captures have numbers of their own, from 1, and no stream that
+  // takes part in one goes away before its end.
+  sequence->capture = capture;
+  sequence->stream = reinterpret_cast<std::uintptr_t>(stream);
+  return cudaSuccess;
+}
+
 }  // namespace
 
 Status counters_for(cudaStream_t stream, std::int64_t count, unsigned** counters) {
-  int device = 0;
-  cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
-  cudaError_t failure = cudaGetDevice(&device);
-  if (failure == cudaSuccess) failure = cudaStreamIsCapturing(stream, &capturing);
-  if (failure != cudaSuccess) return cuda_error("counters", failure);
+  Sequence sequence;
+  if (const cudaError_t failure = sequence_of(stream, &sequence); failure != cudaSuccess)
+    return cuda_error("counters", failure);
   const std::lock_guard lock(pool().mutex);
-  if (capturing != cudaStreamCaptureStatusNone) {
-    failure = pool().take(device, count, counters);
-    return failure == cudaSuccess ? Status{} : cuda_error("counters", failure);
-  }
-  unsigned long long id = 0;
-  if (failure = cudaStreamGetId(stream, &id); failure != cudaSuccess) return cuda_error("counters", failure);
-  Range& range = pool().of_stream[{device, id}];
+  Range& range = pool().taken[sequence];
   if (range.count < count) {
-    Range fresh{nullptr, count < 1024 ? 1024 : count};
-    if (failure = pool().take(device, fresh.count, &fresh.begin); failure != cudaSuccess)
+    // Launches before this one may still be using what they were given.
+    if (const cudaError_t failure = pool().take(sequence.device, std::max<std::int64_t>(count, 1024), &range);
+        failure != cudaSuccess)
       return cuda_error("counters", failure);
-    range = fresh;
   }
   *counters = range.begin;
   return {};

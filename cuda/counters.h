@@ -10,9 +10,9 @@
 
 namespace grinqh::cuda {
 
-// `count` zeroed counters on the current device for the next kernel of `stream`. Launches of one stream
-// follow each other, so they share; a launch that is captured into a graph gets counters of its own, because
-// the graph may be replayed beside anything. The memory is never given back: 4 bytes per counter.
+// `count` zeroed counters on the current device for the next kernel of `stream`. Launches of one stream follow each
+// other, so they share; those that are captured into a graph share others, of the capture and the stream, because the
+// graph may be replayed beside anything. The memory is never given back: 4 bytes per counter.
 Status counters_for(cudaStream_t stream, std::int64_t count, unsigned** counters);
 
 // The current device, as the plan needs it; `overlap` where launches may overlap (sm_90 and later).

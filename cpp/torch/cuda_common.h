@@ -1,5 +1,7 @@
 // What the CUDA ops share: the current stream, and planes in tile order.
 #pragma once
+#include <cuda_runtime_api.h>
+
 #include <string>
 #include <vector>
 
