@@ -107,6 +107,21 @@ def of_one_sequence(rows: Rows) -> tuple[str, Rows]:
     return mode, [row for row in rows if row["mode"] == mode]
 
 
+def summary_table(results: dict[str, Any]) -> str:
+    """Tokens a second of one sequence, their ratio to float16 in the same mode, and the memory of weights."""
+    lines = []
+    for model in models(results):
+        _, rows = of_one_sequence(of_model(results, "decode", model))
+        held = {row["method"]: row["weights_gb"] for row in of_model(results, "memory", model)}
+        dense = next((row["tokens_per_s"] for row in rows if row["method"] == DENSE), None)
+        for row in rows:
+            ratio = f"{row['tokens_per_s'] / dense:.2f}x" if dense else ""
+            gb = f"{held[row['method']]:.1f}" if held.get(row["method"]) else ""
+            speed = f"{row['tokens_per_s']:,.0f}"
+            lines.append([f"{model}, {setting(row)}", f"{row['read_bits']:.2f}", speed, ratio, gb])
+    return markdown_table(["one sequence", "read bits", "tokens/s", "over float16", "GB of weights"], lines)
+
+
 def plot(results: dict[str, Any], to: Path) -> None:
     """Tokens a second of one sequence against read bits, with the other methods as lines."""
     import matplotlib
@@ -133,9 +148,16 @@ def plot(results: dict[str, Any], to: Path) -> None:
     plt.close(figure)
 
 
-def write_report(results: dict[str, Any], docs: Path) -> None:
-    """Replaces the generated part of docs/decode.md and draws docs/decode.png; models must be of full size."""
+def write_report(results: dict[str, Any], root: Path) -> None:
+    """Replaces the generated parts of docs/decode.md and README.md and draws docs/decode.png.
+
+    Raises:
+        ValueError: the models were not of full size.
+    """
+    docs = root / "docs"
     if results["tiny"] or results["layers"]:
         raise ValueError("the documentation shows models of full size, these results are of smaller ones")
     replace_between_markers(docs / "decode.md", "decode-tables", tables(results))
+    gpu = f"{results['gpu']}, commit {results['commit']}, {results['date']}."
+    replace_between_markers(root / "README.md", "decode-table", f"{summary_table(results)}\n\n{gpu}")
     plot(results, docs / "decode.png")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -218,10 +219,14 @@ def test_the_picture_shows_compiled_steps_where_there_are_any(modules: dict[str,
 
 
 def test_the_report_fills_the_page_and_draws_the_picture(modules: dict[str, Any], tmp_path: Path) -> None:
-    page = tmp_path / "decode.md"
-    page.write_text((BENCHMARKS.parent / "docs" / "decode.md").read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "docs").mkdir()
+    for page in ("docs/decode.md", "README.md"):
+        shutil.copy(BENCHMARKS.parent / page, tmp_path / page)
     modules["decode_report"].write_report(handmade(), tmp_path)
-    assert "250 (2.50x)" in page.read_text(encoding="utf-8")
-    assert (tmp_path / "decode.png").stat().st_size > 1000
+    assert "250 (2.50x)" in (tmp_path / "docs/decode.md").read_text(encoding="utf-8")
+    summary = (tmp_path / "README.md").read_text(encoding="utf-8")
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in summary.splitlines()]
+    assert ["llama3-8b, grinqh, 3 bits, compiled", "3.01", "300", "2.50x"] in [line[:4] for line in cells]
+    assert (tmp_path / "docs/decode.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="full size"):
         modules["decode_report"].write_report(handmade() | {"layers": 2}, tmp_path)
