@@ -1,0 +1,153 @@
+"""What each choice of the default recipe is worth: KL divergence with one thing changed at a time.
+
+    python benchmarks/ablation.py --json benchmarks/results/ablation.json
+    python benchmarks/ablation.py --report benchmarks/results/ablation.json    # the table of docs/quality.md
+
+The model, its noise and the texts are those of quality.py; every token is graded on its own. All variants see the same
+windows, so differences are steadier than the values themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import CACHE, ROOT, describe_machine, markdown_table, replace_between_markers, stamp, write_json
+from quality_models import MODELS, NOISE_SEED, LabModel, texts
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import grinqh
+from grinqh.evaluate import Reference, Windows, evaluate, token_windows
+
+READ_BITS = (4.0, 3.0, 2.5, 2.0)
+LENGTH = 512  # tokens of a window, and of a calibration sequence
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The default recipe with something changed."""
+
+    name: str
+    config: Mapping[str, Any] = field(default_factory=dict)  # of GrinqhConfig
+    calibration: str = "help"  # the text
+    tokens: int = 4096  # of it
+    sensitivity: bool = True
+    change: Callable[[grinqh.GrinqhLinear], None] | None = None  # made to every packed layer before calibration
+
+
+def plain_importance(layer: grinqh.GrinqhLinear) -> None:
+    """Importance is |x|."""
+    layer.channel_weight.fill_(1.0)
+
+
+def norm_importance(layer: grinqh.GrinqhLinear) -> None:
+    """Importance is |x| times the norm of the channel's column, over the norms' root mean square."""
+    norm = layer.dense().float().norm(dim=1)
+    layer.channel_weight.copy_((norm / norm.square().mean().sqrt())[layer.channel_order.long()])
+
+
+def no_gain(layer: grinqh.GrinqhLinear) -> None:
+    """Weights that are read in part keep the size that their leading bits give."""
+    layer.gain.fill_(1.0)
+
+
+VARIANTS = (
+    Variant("default"),
+    Variant("importance: size of x alone", change=plain_importance),
+    Variant("importance: norm of the column", change=norm_importance),
+    Variant("no gain for weights read in part", change=no_gain),
+    Variant("the same thresholds' rule in all layers", sensitivity=False),
+    Variant("planes 2,1,1,2,2", {"plane_widths": (2, 1, 1, 2, 2)}),
+    Variant("planes 1,1,1,1,1,1,1,1", {"plane_widths": (1,) * 8}),
+    Variant("planes 4,4", {"plane_widths": (4, 4)}),
+    Variant("blocks of 32", {"block": 32}),
+    Variant("blocks of 128", {"block": 128}),
+    Variant("exact budget for every token", {"exact_budget": True}),
+    Variant("calibration: 512 tokens", tokens=512),
+    Variant("calibration: 16384 tokens", tokens=16384),
+    Variant("calibration: code", calibration="code"),
+)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """The rows of the wanted variants, also written to `options.json` after each."""
+    lab = LabModel.load(options.model)
+    help_topics, evaluation = texts()
+    sequences = {"help": [help_topics], "code": evaluation["code"]}
+    windows = token_windows(lab.tokenizer, evaluation["speeches"], LENGTH, options.windows)
+    cached = f"{options.model}, noise {NOISE_SEED}, torch {torch.__version__}"
+    reference = Reference(lambda: lab.model, CACHE / "quality", cached)
+    result: dict[str, Any] = stamp() | {
+        "model": options.model, "text": "speeches", "window": LENGTH, "windows": options.windows, "rows": []
+    }  # fmt: skip
+    wanted = [variant for variant in VARIANTS if variant.name in options.variants]
+    for variant in tqdm(wanted, desc="ablation", unit="variant", file=sys.stderr, disable=None):
+        ids = token_windows(lab.tokenizer, sequences[variant.calibration], LENGTH, max(1, variant.tokens // LENGTH)).ids
+        for row in measure(lab.model, variant, list(ids), windows, reference):
+            result["rows"].append(row)
+            print(" ".join(f"{k}={v:.4f}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
+        if options.json:
+            write_json(options.json, result)
+    return result
+
+
+def measure(
+    dense: nn.Module, variant: Variant, ids: list[Tensor], windows: Windows, reference: Reference
+) -> list[dict[str, Any]]:
+    """Rows of one variant, by setting of the dial."""
+    model: Any = grinqh.quantize_model(copy.deepcopy(dense), grinqh.GrinqhConfig(**variant.config), progress=False)
+    if variant.change is not None:
+        for layer in grinqh.packed_layers(model).values():
+            variant.change(layer)
+    grinqh.calibrate(
+        model, ids, max_tokens=sum(map(len, ids)), sensitivity=variant.sensitivity, progress=False
+    )  # fmt: skip
+    scores = evaluate(model, windows, READ_BITS, reference=reference, progress=False)
+    return [
+        {"variant": variant.name, "bits": bits, "read_bits": score.read_bits, "kl": score.kl}
+        | {"log_ratio": score.log_ratio}
+        for bits, score in zip(READ_BITS, scores, strict=True)
+    ]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """KL divergence by variant and setting of the dial, with the bits that were really read."""
+    lines = []
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        cells = {row["bits"]: row for row in rows if row["variant"] == variant}
+        lines.append([variant, *(f"{cells[b]['kl']:.4f} ({cells[b]['read_bits']:.2f})" for b in READ_BITS)])
+    return markdown_table(["KL divergence (bits read)", *(f"{b:g} read bits" for b in READ_BITS)], lines)
+
+
+def write_report(result: dict[str, Any], root: Path) -> None:
+    """Replaces the generated table of docs/quality.md."""
+    sample = f"{result['model']}, {result['windows']} windows of {result['window']} tokens of the {result['text']}."
+    text = f"{sample} Measured on: {describe_machine(result)}\n\n{table(result['rows'])}"
+    replace_between_markers(root / "docs" / "quality.md", "ablation-table", text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--report", type=Path, help="write docs/quality.md from these results, measure nothing")
+    parser.add_argument("--model", default="SmolLM2-135M-Instruct", choices=list(MODELS))
+    parser.add_argument("--windows", type=int, default=4, help="of the text (default: %(default)s)")
+    names = [variant.name for variant in VARIANTS]
+    parser.add_argument("--variants", nargs="*", default=names, choices=names)
+    options = parser.parse_args()
+    if options.report:
+        write_report(json.loads(options.report.read_text(encoding="utf-8")), ROOT)
+    else:
+        run(options)
+
+
+if __name__ == "__main__":
+    main()
