@@ -40,6 +40,7 @@ class Variant:
     calibration: str = "help"  # the text
     tokens: int = 4096  # of it
     sensitivity: bool = True
+    exact: bool = False  # whether every token keeps to the budget
     change: Callable[[grinqh.GrinqhLinear], None] | None = None  # made to every packed layer before calibration
 
 
@@ -70,9 +71,9 @@ VARIANTS = (
     Variant("planes 4,4", {"plane_widths": (4, 4)}),
     Variant("blocks of 32", {"block": 32}),
     Variant("blocks of 128", {"block": 128}),
-    Variant("exact budget for every token", {"exact_budget": True}),
+    Variant("exact budget for every token", exact=True),
     Variant("calibration: 512 tokens", tokens=512),
-    Variant("calibration: 16384 tokens", tokens=16384),
+    Variant("calibration: 8192 tokens", tokens=8192),
     Variant("calibration: code", calibration="code"),
 )
 
@@ -110,12 +111,13 @@ def measure(
     grinqh.calibrate(
         model, ids, max_tokens=sum(map(len, ids)), sensitivity=variant.sensitivity, progress=False
     )  # fmt: skip
-    scores = evaluate(model, windows, READ_BITS, reference=reference, progress=False)
-    return [
-        {"variant": variant.name, "bits": bits, "read_bits": score.read_bits, "kl": score.kl}
-        | {"log_ratio": score.log_ratio}
-        for bits, score in zip(READ_BITS, scores, strict=True)
-    ]
+    rows = []
+    for bits in READ_BITS:
+        grinqh.set_bits(model, bits, exact_budget=variant.exact)
+        (score,) = evaluate(model, windows, reference=reference, progress=False)
+        read = {"variant": variant.name, "bits": bits, "read_bits": score.read_bits}
+        rows.append(read | {"kl": score.kl, "log_ratio": score.log_ratio})
+    return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from grinqh.attention import use_grouped_attention
-    from grinqh.calibration import CalibrationReport, calibrate
+    from grinqh.calibration import CalibrationReport, calibrate, record_dial
     from grinqh.config import GrinqhConfig, LayerFormat
     from grinqh.decoder import fuse_decoder
-    from grinqh.dial import DialTable, dial_table, set_bits
+    from grinqh.dial import DialDrift, DialTable, dial_drift, dial_table, set_bits
     from grinqh.errors import InputError
     from grinqh.linear import GrinqhLinear
     from grinqh.loading import from_pretrained
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "attention": ("use_grouped_attention",),
-    "calibration": ("CalibrationReport", "calibrate"),
+    "calibration": ("CalibrationReport", "calibrate", "record_dial"),
     "config": ("GrinqhConfig", "LayerFormat"),
     "decoder": ("fuse_decoder",),
-    "dial": ("DialTable", "dial_table", "set_bits"),
+    "dial": ("DialDrift", "DialTable", "dial_drift", "dial_table", "set_bits"),
     "errors": ("InputError",),
     "linear": ("GrinqhLinear",),
     "loading": ("from_pretrained",),
@@ -63,6 +63,7 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [
     "BitsSchedule",
     "CalibrationReport",
+    "DialDrift",
     "DialTable",
     "GrinqhConfig",
     "GrinqhLinear",
@@ -72,6 +73,7 @@ __all__ = [
     "TokenReads",
     "calibrate",
     "count_reads",
+    "dial_drift",
     "dial_table",
     "from_pretrained",
     "fuse_decoder",
@@ -80,6 +82,7 @@ __all__ = [
     "packed_layers",
     "quantize_model",
     "read_stats",
+    "record_dial",
     "reset_read_stats",
     "set_bits",
     "stored_bits",

@@ -109,6 +109,50 @@ def calibrate(
     )
 
 
+def record_dial(
+    model: nn.Module,
+    data: str | Sequence[str] | Tensor | Sequence[Tensor],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    sequence_length: int = 512,
+    max_tokens: int = 8192,
+    progress: bool = True,
+) -> DialTable:
+    """Records the dial of a calibrated model anew, in place, for text of another kind than calibration's.
+
+    The model runs over the text once with everything read. What layers and channels are worth, and so how bits are
+    shared out among them, stays as it was; only the bits that each setting reads are counted again. The dial is then
+    set to the same bits as before. A layer that sees no token keeps its record.
+
+    Args:
+        model: a model that `calibrate` has been called with.
+        data: texts or token ids, as for `calibrate`.
+        tokenizer: of the model; needed for texts.
+        sequence_length: tokens in a sequence, at least 2.
+        max_tokens: at most about so many tokens are used, spread over the data.
+        progress: whether to show a progress bar on stderr (only if that is a terminal).
+
+    Returns:
+        The new record.
+
+    Raises:
+        InputError: the model is not calibrated, or what `calibrate` raises. The model is then unchanged.
+    """
+    config, layers = model_config(model), packed_layers(model)
+    if any(layer.sharded for layer in layers.values()):
+        raise InputError("the model is shared out among processes: record its dial before grinqh.tensor_parallel")
+    dial_table(model)  # raises where there is none
+    batches = _batches(data, tokenizer, sequence_length, max_tokens)
+    calibrated = {name: layer for name, layer in layers.items() if layer.calibrated}
+    observed = _observe(model, calibrated, batches, gradients=False, progress=progress)
+    for name, statistics in observed.items():
+        if statistics.rows > 0:
+            layer = calibrated[name]
+            layer.dial.copy_(_shares(layer, statistics, layer.unit_thresholds.cpu(), dial_taus(config)))
+    set_bits(model, config.read_bits, exact_budget=config.exact_budget)
+    return dial_table(model)
+
+
 def _batches(data: Any, tokenizer: Any, sequence_length: int, max_tokens: int) -> list[Tensor]:
     """The calibration data as batches of token ids [batch, length]."""
     if sequence_length < 2:
@@ -346,6 +390,13 @@ def _stored_channels(
     return choose(2.0**high)
 
 
+def _shares(layer: GrinqhLinear, statistics: _Statistics, units: Tensor, taus: Tensor) -> Tensor:
+    """The part of the weights of each plane that is read at each setting, [planes, T]."""
+    stored = [channels / layer.in_features for channels in layer.stored_channels]
+    by_plane = [statistics.histograms[channels] for channels in layer.stored_channels]
+    return grading.read_shares(by_plane, stored, units, taus.float())
+
+
 def _record_dial(
     config: GrinqhConfig,
     layers: Mapping[str, GrinqhLinear],
@@ -356,19 +407,13 @@ def _record_dial(
 
     Unit thresholds are scaled by one number, so that the middle of the dial's grid reads about half the stored bits.
     """
-
-    def shares(name: str, units: Tensor, taus: Tensor) -> Tensor:
-        layer, histograms = layers[name], observed[name].histograms
-        stored = [channels / layer.in_features for channels in layer.stored_channels]
-        by_plane = [histograms[channels] for channels in layer.stored_channels]
-        return grading.read_shares(by_plane, stored, units, taus.float())
-
     wide = 2.0 ** torch.arange(-100.0, 100.0, 0.5, dtype=torch.float64)
     read = torch.zeros_like(wide)
     for name, unit in units.items():
         layer = layers[name]
         widths = torch.tensor(layer.format.plane_widths, dtype=torch.float64)
-        read += layer.out_features * layer.in_features * (widths @ shares(name, unit, wide).double())
+        shares = _shares(layer, observed[name], unit, wide)
+        read += layer.out_features * layer.in_features * (widths @ shares.double())
     half = sum(layers[name].stored_bits * layers[name].weights for name in units) / 2
     taus = dial_taus(config)
     scale = float(wide[int((read - half).abs().argmin())] / taus[len(taus) // 2])
@@ -376,6 +421,6 @@ def _record_dial(
     for name, layer in layers.items():
         if name in units:
             layer.unit_thresholds.copy_(units[name] * scale)
-            layer.dial.copy_(shares(name, units[name] * scale, taus))
+            layer.dial.copy_(_shares(layer, observed[name], units[name] * scale, taus))
         else:
             layer.dial.fill_(torch.nan)

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from grinqh.config import GrinqhConfig, ReadBits, check_patterns, check_read_bits, matches
 from grinqh.errors import InputError
 from grinqh.linear import GrinqhLinear
-from grinqh.model import model_config, packed_layers, weighted_mean
+from grinqh.model import model_config, packed_layers, read_stats, weighted_mean
 
 logger = logging.getLogger(__name__)
+
+MOST_DRIFT = 0.1  # of the promised bits, before `dial_drift` warns
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,27 @@ class LayerDial:
     """A setting of the dial in one layer."""
 
     thresholds: Tensor  # float32 [G], on the layer's device
-    budget: float | None  # read bits that no row may exceed; None: the thresholds alone decide
+    read_bits: float  # that calibration recorded for them
+    exact: bool  # whether no row may exceed these; else the thresholds alone decide
+
+    @property
+    def budget(self) -> float | None:
+        """Read bits that no row may exceed, or None."""
+        return self.read_bits if self.exact else None
+
+
+@dataclass(frozen=True)
+class DialDrift:
+    """What was read, and what the dial promises for text like that of calibration."""
+
+    read_bits: float  # mean bits per weight that were read
+    expected_bits: float  # that the dial promises
+    layers: dict[str, float]  # of each layer: read bits less promised bits
+
+    @property
+    def drift(self) -> float:
+        """Read over promised bits, less 1."""
+        return self.read_bits / self.expected_bits - 1
 
 
 def dial_taus(config: GrinqhConfig) -> Tensor:
@@ -100,6 +122,39 @@ def dial_settings(
     return read_bits, _settings(layers, dial_taus(config), read_bits, exact_budget)
 
 
+def dial_drift(model: nn.Module) -> DialDrift:
+    """Compares what was read since `count_reads` or `reset_read_stats` with what the dial promises.
+
+    On text unlike that of calibration, activations are larger or smaller than the dial was recorded with. A drift of
+    more than a tenth is logged as a warning; `grinqh.record_dial` with text of the new kind takes it away.
+
+    Args:
+        model: a calibrated model that counted graded rows, its dial not turned meanwhile.
+
+    Raises:
+        InputError: nothing was counted, or the model is not calibrated.
+    """
+    config, layers = model_config(model), _calibrated(packed_layers(model))
+    counted = {name: bits for name, bits in read_stats(model).layers.items() if name in layers}
+    if not counted:
+        raise InputError("none of the layers that counted rows is calibrated")
+    settings = _settings(layers, dial_taus(config), config.read_bits, config.exact_budget)
+    expected = {name: settings[name].read_bits for name in counted}
+    of_counted = [layers[name] for name in counted]
+    found = DialDrift(
+        weighted_mean(of_counted, counted.values()),
+        weighted_mean(of_counted, expected.values()),
+        {name: bits - expected[name] for name, bits in counted.items()},
+    )
+    if abs(found.drift) > MOST_DRIFT:
+        logger.warning(
+            "%.2f bits were read where the dial promises %.2f: call grinqh.record_dial with text of this kind",
+            found.read_bits,
+            found.expected_bits,
+        )
+    return found
+
+
 def restore_dial(model: nn.Module) -> None:
     """Sets the dial of a newly loaded model as its config says; without calibration, everything is read."""
     config, layers = model_config(model), packed_layers(model)
@@ -142,7 +197,7 @@ def _settings(
         # Not 0 * unit_thresholds: infinity is among them.
         thresholds = layer.unit_thresholds.detach() * tau if tau > 0 else torch.zeros_like(layer.thresholds)
         read = _interpolate(math.log2(tau), taus.log2(), bits[name]) if tau > 0 else layer.stored_bits
-        settings[name] = LayerDial(thresholds, read if exact_budget else None)
+        settings[name] = LayerDial(thresholds, read, exact_budget)
     return settings
 
 

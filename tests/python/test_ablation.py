@@ -18,8 +18,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def layer() -> grinqh.GrinqhLinear:
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(96, 40, bias=False))
-    model[0].weight.data *= torch.logspace(-1, 1, 96)[torch.randperm(96)]
+    linear = torch.nn.Linear(96, 40, bias=False)
+    linear.weight.data *= torch.logspace(-1, 1, 96)[torch.randperm(96)]
+    model = torch.nn.Sequential(linear)
     grinqh.quantize_model(model, progress=False)
     return grinqh.packed_layers(model)["0"]
 

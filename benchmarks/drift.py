@@ -1,0 +1,115 @@
+"""How far read bits drift on text of another kind than calibration's, and what recording the dial anew leaves of it.
+
+    python benchmarks/drift.py --json benchmarks/results/drift.json
+    python benchmarks/drift.py --report benchmarks/results/drift.json    # the table of docs/quality.md
+
+The model, its noise and the texts are those of quality.py. Each text is cut into windows; every second one calibrates
+(or records the dial), others are read with every token graded on its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from common import ROOT, describe_machine, markdown_table, replace_between_markers, stamp, write_json
+from quality_models import MODELS, LabModel, texts
+from torch import Tensor
+from tqdm import tqdm
+
+import grinqh
+from grinqh.evaluate import token_windows
+
+READ_BITS = (2.0, 3.0, 4.0)
+LENGTH = 512  # tokens of a window
+CALIBRATION_WINDOWS = 8
+READ_WINDOWS = 2
+
+
+def windows_of(lab: LabModel, parts: list[str]) -> tuple[list[Tensor], list[Tensor]]:
+    """Windows of a text to calibrate with, and others to read."""
+    ids = list(token_windows(lab.tokenizer, parts, LENGTH, 2 * CALIBRATION_WINDOWS).ids)
+    return ids[::2], ids[1::2][:READ_WINDOWS]
+
+
+def drifts(model: Any, ids: list[Tensor]) -> list[grinqh.DialDrift]:
+    """At each setting of the dial."""
+    found = []
+    for bits in READ_BITS:
+        grinqh.set_bits(model, bits)
+        grinqh.count_reads(model)
+        grinqh.reset_read_stats(model)
+        with grinqh.graded(model):
+            for window in ids:
+                model(input_ids=window[None])
+        found.append(grinqh.dial_drift(model))
+        grinqh.count_reads(model, enabled=False)
+    return found
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """The rows for each pair of texts."""
+    lab = LabModel.load(options.model)
+    help_topics, evaluation = texts()
+    cut = {name: windows_of(lab, parts) for name, parts in (evaluation | {"help": [help_topics]}).items()}
+    result: dict[str, Any] = stamp() | {"model": options.model, "window": LENGTH, "windows": READ_WINDOWS, "rows": []}
+    pairs = [(calibrated, read) for calibrated in cut for read in cut]
+    model: Any = None
+    for calibrated, read in tqdm(pairs, desc="drift", unit="pair", file=sys.stderr, disable=None):
+        if read == next(iter(cut)):
+            model = grinqh.quantize_model(copy.deepcopy(lab.model), progress=False)
+            grinqh.calibrate(model, cut[calibrated][0], progress=False)
+        before = drifts(model, cut[read][1])
+        after: list[Any] = [None] * len(READ_BITS)
+        if read != calibrated:
+            anew = copy.deepcopy(model)
+            grinqh.record_dial(anew, cut[read][0], progress=False)
+            after = drifts(anew, cut[read][1])
+        for bits, first, second in zip(READ_BITS, before, after, strict=True):
+            row = {"calibrated": calibrated, "read": read, "bits": bits, "drift": first.drift}
+            result["rows"].append(row | {"recorded_anew": None if second is None else second.drift})
+            print(json.dumps(result["rows"][-1]), flush=True)
+        if options.json:
+            write_json(options.json, result)
+    return result
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Drift by pair of texts and setting of the dial; after the arrow, with the dial recorded anew."""
+    lines = []
+    for calibrated, read in dict.fromkeys((row["calibrated"], row["read"]) for row in rows):
+        cells = {row["bits"]: row for row in rows if (row["calibrated"], row["read"]) == (calibrated, read)}
+        lines.append([calibrated, read, *(_cell(cells[bits]) for bits in READ_BITS)])
+    return markdown_table(["calibrated on", "read", *(f"{bits:g} read bits" for bits in READ_BITS)], lines)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    anew = "" if row["recorded_anew"] is None else f" → {row['recorded_anew']:+.1%}"
+    return f"{row['drift']:+.1%}{anew}"
+
+
+def write_report(result: dict[str, Any], root: Path) -> None:
+    """Replaces the generated table of docs/quality.md."""
+    sample = f"{result['model']}, {result['windows']} windows of {result['window']} tokens of each text."
+    text = f"{sample} Measured on: {describe_machine(result)}\n\n{table(result['rows'])}"
+    replace_between_markers(root / "docs" / "quality.md", "drift-table", text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--report", type=Path, help="write docs/quality.md from these results, measure nothing")
+    parser.add_argument("--model", default="SmolLM2-135M-Instruct", choices=list(MODELS))
+    options = parser.parse_args()
+    if options.report:
+        write_report(json.loads(options.report.read_text(encoding="utf-8")), ROOT)
+    else:
+        run(options)
+
+
+if __name__ == "__main__":
+    main()
