@@ -23,7 +23,7 @@ from tqdm import tqdm
 from grinqh.config import ReadBits
 from grinqh.dial import set_bits
 from grinqh.errors import InputError
-from grinqh.model import count_reads, graded, read_stats, reset_read_stats
+from grinqh.model import count_reads, graded, model_config, read_stats, reset_read_stats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -181,11 +181,13 @@ def evaluate(
     Args:
         model: a converted model; any causal language model where rows are not graded and the dial is left alone.
         windows: see `token_windows`.
-        read_bits: settings as `grinqh.set_bits` takes them; None leaves the dial as it is.
+        read_bits: settings as `grinqh.set_bits` takes them, with an exact budget if the model has one; None leaves the
+            dial as it is.
         reference: full-precision log-probabilities to compare with.
         grade_rows: whether every token is graded on its own, as in decoding; else windows are read in full.
         progress: whether to show a progress bar on stderr (only if that is a terminal).
     """
+    exact = any(setting is not None for setting in read_bits) and model_config(model).exact_budget
     sums = [_Sums() for _ in read_bits]
     steps = tqdm(
         total=len(windows.ids) * len(read_bits),
@@ -202,7 +204,7 @@ def evaluate(
             expected = reference.log_probabilities(ids) if reference is not None else None
             for setting, sum_ in zip(read_bits, sums, strict=True):
                 if setting is not None:
-                    set_bits(model, setting)
+                    set_bits(model, setting, exact_budget=exact)
                 if grade_rows:
                     reset_read_stats(model)
                 sum_.add(ids, window_logits(model, ids), expected)

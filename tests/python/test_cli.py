@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -152,6 +153,18 @@ def test_generate_shows_the_least_and_the_most_that_a_token_read(model: Path, re
         assert 0 < found["read_bits_min"] < found["read_bits"] < found["read_bits_max"] <= 6
     one = result("generate", model, "It was", "--max-new-tokens", 1)
     assert (one["read_bits"], one["read_bits_min"], one["read_bits_max"]) == (None,) * 3
+
+
+def test_generate_keeps_the_exact_budget_of_a_model_at_other_bits(
+    model: Path, tmp_path: Path, result: Callable[..., Any]
+) -> None:
+    shutil.copytree(model, tmp_path / "exact")
+    config = json.loads((tmp_path / "exact" / "config.json").read_text())
+    config["quantization_config"]["exact_budget"] = True
+    (tmp_path / "exact" / "config.json").write_text(json.dumps(config))
+    found = result("generate", tmp_path / "exact", "It was", "--bits", 3, "--max-new-tokens", 40)
+    assert found["read_bits_max"] <= 3
+    assert result("generate", model, "It was", "--bits", 3, "--max-new-tokens", 40)["read_bits_max"] > 3
 
 
 def test_generate_prints_only_the_answer_unless_asked_for_statistics(

@@ -136,6 +136,18 @@ def test_every_row_of_a_window_is_graded_on_its_own(model: Any) -> None:
     assert torch.allclose(logits[[0, 39, 127]], rows, atol=1e-4)
 
 
+def test_an_exact_budget_stays_one_at_every_setting(model: Any) -> None:
+    windows = token_windows(make_tokenizer(), TEXT, window=64, limit=1)
+    grinqh.set_bits(model, 3.0, exact_budget=True)
+    exact, _ = evaluate(model, windows, [2.0, 4.0], progress=False)
+    assert all(layer.budget is not None for layer in grinqh.packed_layers(model).values())
+    grinqh.set_bits(model, 3.0)
+    mean, _ = evaluate(model, windows, [2.0, 4.0], progress=False)
+    assert exact.read_bits is not None
+    assert exact.read_bits <= 2
+    assert exact.read_bits != mean.read_bits
+
+
 def test_windows_read_in_full_count_no_read_bits(model: Any) -> None:
     windows = token_windows(make_tokenizer(), TEXT, window=64, limit=1)
     low, high = evaluate(model, windows, [1.0, 8.0], grade_rows=False, progress=False)

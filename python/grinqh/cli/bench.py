@@ -110,11 +110,13 @@ def _time_layer(options: argparse.Namespace, thresholds: list[torch.Tensor], ste
 
 def _time_decoding(model: Any, options: argparse.Namespace, steps: Any) -> list[dict[str, float]]:
     import grinqh
+    from grinqh.model import model_config
 
+    exact = model_config(model).exact_budget
     prompt = torch.arange(PROMPT_TOKENS)[None] + 100
     rows = []
     for bits in options.bits:
-        grinqh.set_bits(model, bits)
+        grinqh.set_bits(model, bits, exact_budget=exact)
         rows.append({"read_bits": bits, "tokens_per_s": decode_tokens_per_second(model, prompt, options.tokens)})
         steps.update()
     return rows

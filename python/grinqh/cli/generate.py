@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> None:
     from grinqh.model import model_config
 
     if options.bits is not None:
-        grinqh.set_bits(model, options.bits)
+        grinqh.set_bits(model, options.bits, exact_budget=model_config(model).exact_budget)
     if options.chat:
         if not tokenizer.chat_template:
             raise InputError(f"{options.model} has no chat template: leave out --chat")
