@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from common import ROOT, describe_machine, markdown_table, replace_between_markers, stamp, write_json
 from quality_models import MODELS, LabModel, texts
 from torch import Tensor
@@ -36,6 +37,7 @@ def windows_of(lab: LabModel, parts: list[str]) -> tuple[list[Tensor], list[Tens
     return ids[::2], ids[1::2][:READ_WINDOWS]
 
 
+@torch.no_grad()
 def drifts(model: Any, ids: list[Tensor]) -> list[grinqh.DialDrift]:
     """At each setting of the dial."""
     found = []

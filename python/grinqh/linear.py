@@ -228,6 +228,7 @@ class GrinqhLinear(nn.Module):
         )
 
     def _count(self, read_bits: Tensor) -> None:
+        read_bits = read_bits.detach()
         self.read_total[0] += read_bits.sum()
         self.read_total[1] += read_bits.numel()
         if self.read_log is not None:

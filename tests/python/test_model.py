@@ -246,6 +246,15 @@ def test_read_stats_count_between_switching_on_and_reset() -> None:
         grinqh.read_stats(model)
 
 
+@pytest.mark.parametrize("keep", [0, 4])
+def test_counts_hold_no_graph_where_gradients_are_enabled(keep: int) -> None:
+    model = calibrated()
+    grinqh.count_reads(model, keep_tokens=keep)
+    model(input_ids=token_ids(1, 5)).logits.sum().backward()
+    assert not any(buffer.requires_grad for buffer in model.buffers())
+    assert grinqh.read_stats(model).read_bits > 0
+
+
 def test_the_model_s_read_bits_are_the_mean_over_weights_of_the_layers() -> None:
     model = calibrated()
     grinqh.set_bits(model, 3)
