@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from common import CACHE, ROOT, describe_machine, markdown_table, replace_between_markers, stamp, write_json
-from quality_models import MODELS, NOISE_SEED, LabModel, texts
+from common import ROOT, markdown_table, stamp, write_json
+from quality_models import LabModel, reference, texts
+from quality_report import section_options, write_section
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -84,15 +84,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     help_topics, evaluation = texts()
     sequences = {"help": [help_topics], "code": evaluation["code"]}
     windows = token_windows(lab.tokenizer, evaluation["speeches"], LENGTH, options.windows)
-    cached = f"{options.model}, noise {NOISE_SEED}, torch {torch.__version__}"
-    reference = Reference(lambda: lab.model, CACHE / "quality", cached)
+    full = reference(options.model, lab.model)
     result: dict[str, Any] = stamp() | {
         "model": options.model, "text": "speeches", "window": LENGTH, "windows": options.windows, "rows": []
     }  # fmt: skip
     wanted = [variant for variant in VARIANTS if variant.name in options.variants]
     for variant in tqdm(wanted, desc="ablation", unit="variant", file=sys.stderr, disable=None):
         ids = token_windows(lab.tokenizer, sequences[variant.calibration], LENGTH, max(1, variant.tokens // LENGTH)).ids
-        for row in measure(lab.model, variant, list(ids), windows, reference):
+        for row in measure(lab.model, variant, list(ids), windows, full):
             result["rows"].append(row)
             print(" ".join(f"{k}={v:.4f}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
         if options.json:
@@ -101,20 +100,18 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(
-    dense: nn.Module, variant: Variant, ids: list[Tensor], windows: Windows, reference: Reference
+    dense: nn.Module, variant: Variant, ids: list[Tensor], windows: Windows, full: Reference
 ) -> list[dict[str, Any]]:
     """Rows of one variant, by setting of the dial."""
     model: Any = grinqh.quantize_model(copy.deepcopy(dense), grinqh.GrinqhConfig(**variant.config), progress=False)
     if variant.change is not None:
         for layer in grinqh.packed_layers(model).values():
             variant.change(layer)
-    grinqh.calibrate(
-        model, ids, max_tokens=sum(map(len, ids)), sensitivity=variant.sensitivity, progress=False
-    )  # fmt: skip
+    grinqh.calibrate(model, ids, max_tokens=sum(map(len, ids)), sensitivity=variant.sensitivity, progress=False)
     rows = []
     for bits in READ_BITS:
         grinqh.set_bits(model, bits, exact_budget=variant.exact)
-        (score,) = evaluate(model, windows, reference=reference, progress=False)
+        (score,) = evaluate(model, windows, reference=full, progress=False)
         read = {"variant": variant.name, "bits": bits, "read_bits": score.read_bits}
         rows.append(read | {"kl": score.kl, "log_ratio": score.log_ratio})
     return rows
@@ -131,16 +128,12 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def write_report(result: dict[str, Any], root: Path) -> None:
     """Replaces the generated table of docs/quality.md."""
-    sample = f"{result['model']}, {result['windows']} windows of {result['window']} tokens of the {result['text']}."
-    text = f"{sample} Measured on: {describe_machine(result)}\n\n{table(result['rows'])}"
-    replace_between_markers(root / "docs" / "quality.md", "ablation-table", text)
+    sample = f"{result['windows']} windows of {result['window']} tokens of the {result['text']}"
+    write_section(root, "ablation-table", result, sample, table(result["rows"]))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the results here")
-    parser.add_argument("--report", type=Path, help="write docs/quality.md from these results, measure nothing")
-    parser.add_argument("--model", default="SmolLM2-135M-Instruct", choices=list(MODELS))
+    parser = section_options(__doc__)
     parser.add_argument("--windows", type=int, default=4, help="of the text (default: %(default)s)")
     names = [variant.name for variant in VARIANTS]
     parser.add_argument("--variants", nargs="*", default=names, choices=names)

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, describe_machine, markdown_table, replace_between_markers, stamp, write_json
-from quality_models import MODELS, LabModel, texts
+from common import ROOT, markdown_table, stamp, write_json
+from quality_models import LabModel, texts
+from quality_report import section_options, write_section
 from torch import Tensor
 from tqdm import tqdm
 
@@ -96,17 +97,12 @@ def _cell(row: dict[str, Any]) -> str:
 
 def write_report(result: dict[str, Any], root: Path) -> None:
     """Replaces the generated table of docs/quality.md."""
-    sample = f"{result['model']}, {result['windows']} windows of {result['window']} tokens of each text."
-    text = f"{sample} Measured on: {describe_machine(result)}\n\n{table(result['rows'])}"
-    replace_between_markers(root / "docs" / "quality.md", "drift-table", text)
+    sample = f"{result['windows']} windows of {result['window']} tokens of each text"
+    write_section(root, "drift-table", result, sample, table(result["rows"]))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the results here")
-    parser.add_argument("--report", type=Path, help="write docs/quality.md from these results, measure nothing")
-    parser.add_argument("--model", default="SmolLM2-135M-Instruct", choices=list(MODELS))
-    options = parser.parse_args()
+    options = section_options(__doc__).parse_args()
     if options.report:
         write_report(json.loads(options.report.read_text(encoding="utf-8")), ROOT)
     else:

@@ -21,15 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import CACHE, stamp, write_json
-from quality_models import MODELS, NOISE_SEED, LabModel, linears, texts
+from common import stamp, write_json
+from quality_models import MODELS, LabModel, linears, reference, texts
 from quality_report import write_report
 from quality_rivals import METHODS, SCALE_BITS, Inputs
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import grinqh
-from grinqh.evaluate import Reference, Score, evaluate, token_windows
+from grinqh.evaluate import Score, evaluate, token_windows
 
 READ_BITS = (4.0, 3.0, 2.5, 2.0)
 RIVAL_BITS = (4, 3, 2)
@@ -79,8 +79,7 @@ class Lab:
         self.calibration = list(cut.ids)
         self.windows = {text: token_windows(tokenizer, parts, window, windows) for text, parts in evaluation.items()}
         original = copy.deepcopy(self.lab.model)
-        cached = f"{name}, noise {NOISE_SEED}, torch {torch.__version__}"
-        self.references = {text: Reference(lambda: original, CACHE / "quality", cached) for text in self.windows}
+        self.references = {text: reference(name, original) for text in self.windows}
         self.inputs = observe(self.lab, self.calibration)
         self.weights = {n: m.weight.data.clone() for n, m in linears(self.lab.model).items()}
         self.rows: list[dict[str, Any]] = []

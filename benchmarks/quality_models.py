@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from common import CACHE
 from demo import model_file
 from torch import Tensor, nn
 
 from grinqh.errors import InputError
+from grinqh.evaluate import Reference
 from grinqh.source import Source
 from grinqh.texts import calibration_text, evaluation_texts, read_text
 
@@ -61,6 +63,11 @@ class LabModel:
         for linear in linears(model).values():
             linear.weight.data = continuous(linear.weight.data, generator)
         return cls(name, model.eval(), source.tokenizer)
+
+
+def reference(name: str, model: PreTrainedModel) -> Reference:
+    """Log-probabilities of one of MODELS, at full precision and with its noise, kept on disk."""
+    return Reference(lambda: model, CACHE / "quality", f"{name}, noise {NOISE_SEED}, torch {torch.__version__}")
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 from common import RESULTS, ROOT, describe_machine, markdown_table, replace_between_markers
+from quality_models import MODELS
 
 Row = dict[str, Any]
 
@@ -18,6 +21,21 @@ def write_report(result: dict[str, Any]) -> None:
         parts += [f"### {model}", read_table(rows), stored_table(rows)]
     replace_between_markers(ROOT / "docs" / "quality.md", "quality-tables", "\n\n".join(parts))
     _plot(result["rows"])
+
+
+def write_section(root: Path, name: str, result: dict[str, Any], sample: str, table: str) -> None:
+    """Replaces a generated section of docs/quality.md: one model's sample, the machine and a table."""
+    text = f"{result['model']}, {sample}. Measured on: {describe_machine(result)}\n\n{table}"
+    replace_between_markers(root / "docs" / "quality.md", name, text)
+
+
+def section_options(description: str | None) -> argparse.ArgumentParser:
+    """The options of a benchmark that writes such a section."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--report", type=Path, help="write docs/quality.md from these results, measure nothing")
+    parser.add_argument("--model", default="SmolLM2-135M-Instruct", choices=list(MODELS))
+    return parser
 
 
 def read_table(rows: list[Row]) -> str:
