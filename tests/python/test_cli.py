@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ from tiny_source import make_source
 from transformers import AutoModelForCausalLM
 
 import grinqh
-from grinqh.cli import main
+from grinqh.cli import bench, main
 from grinqh.convert import convert
 from grinqh.device import describe_device, find_device
 from grinqh.ops import cpu_isa
@@ -165,6 +167,25 @@ def test_generate_keeps_the_exact_budget_of_a_model_at_other_bits(
     found = result("generate", tmp_path / "exact", "It was", "--bits", 3, "--max-new-tokens", 40)
     assert found["read_bits_max"] <= 3
     assert result("generate", model, "It was", "--bits", 3, "--max-new-tokens", 40)["read_bits_max"] > 3
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_bench_times_the_kind_of_budget_that_a_model_has(
+    model: Path, exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = grinqh.from_pretrained(model)
+    kinds: list[list[bool]] = []
+    grinqh.set_bits(loaded, 4, exact_budget=exact)
+    budgets = [layer.budget is not None for layer in grinqh.packed_layers(loaded).values()]
+    assert budgets == [exact] * len(budgets)
+
+    def speed(timed: Any, *_: object) -> float:
+        kinds.append([layer.budget is not None for layer in grinqh.packed_layers(timed).values()])
+        return 1.0
+
+    monkeypatch.setattr(bench, "decode_tokens_per_second", speed)
+    bench._time_decoding(loaded, argparse.Namespace(bits=[3.0, 2.0], tokens=1), SimpleNamespace(update=lambda: None))
+    assert kinds == [budgets, budgets]
 
 
 def test_generate_prints_only_the_answer_unless_asked_for_statistics(

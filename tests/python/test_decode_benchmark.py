@@ -218,6 +218,25 @@ def test_the_picture_shows_compiled_steps_where_there_are_any(modules: dict[str,
     assert (mode, [row["tokens_per_s"] for row in shown]) == ("eager", [100, 210, 250])
 
 
+@pytest.mark.usefixtures("modules")  # finds the benchmarks
+def test_a_replay_s_time_is_its_part_of_a_run_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    replay = importlib.import_module("replay")
+    log: list[Any] = []
+
+    def take(call: Any, prepare: Any, runs: int) -> float:
+        for i in range(runs):
+            prepare(i)
+            call()
+        return 40.0  # of one run
+
+    monkeypatch.setattr(replay, "median_milliseconds", take)
+    timed = replay.Replay(lambda: log.append("replay"))
+    log.clear()  # a GPU captures first
+    timed.run = lambda: log.append("replay")
+    assert timed.milliseconds(lambda i: log.append(i), runs=2) == 40.0 / replay.TOGETHER
+    assert log == [0, *["replay"] * replay.TOGETHER, 1, *["replay"] * replay.TOGETHER]
+
+
 def test_the_report_fills_the_page_and_draws_the_picture(modules: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     for page in ("docs/decode.md", "README.md"):
