@@ -23,7 +23,7 @@ REPLAYS = 5  # in one trace
 TOP = 15  # kernels listed
 
 # Parts of names, in lower case. Ops are asked first.
-ATTENTION_OPS = ("attention", "bmm", "softmax")
+ATTENTION_OPS = ("bmm", "softmax")
 LINEAR_OPS = ("aten::linear", "aten::mm", "aten::addmm", "grinqh::", "int4pack_mm")
 ATTENTION_KERNELS = ("attention", "fmha", "flash", "sdpa", "flex", "softmax", "bmm")
 LINEAR_KERNELS = ("grinqh", "tinygemm", "gemm", "gemv", "cutlass", "nvjet", "splitk", "cublas")
@@ -75,6 +75,8 @@ def own_category(kernel: Kernel) -> str:
     The compiler's own kernels are named after the ops that they take the place of.
     """
     ops, name = " ".join(kernel.ops).lower(), kernel.name.lower()
+    if "attention" in ops:
+        return ATTENTION
     if any(part in ops for part in LINEAR_OPS):
         return LINEARS
     if any(part in ops for part in ATTENTION_OPS):

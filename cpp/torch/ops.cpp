@@ -255,6 +255,7 @@ STABLE_TORCH_LIBRARY(grinqh, m) {
       "widths, int block, int grade, ScalarType dtype) -> Tensor");
   m.def("repack(Tensor[] planes, Tensor block_scale, int[] widths, int n, int block) -> (Tensor[], Tensor)");
   m.def("unpack_tiles(Tensor[] planes, Tensor block_scale, int[] widths, int n, int block) -> (Tensor[], Tensor)");
+  m.def("decode_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale) -> Tensor");
   m.def("cpu_isa() -> str");
 }
 

@@ -1,8 +1,8 @@
 """Attention of one new token for models with fewer key and value heads than query heads.
 
 transformers' own implementations copy keys and values for every query head, or run a kernel with too few blocks to
-fill a GPU. Here the query heads that share a key head are the rows of one batched product, which reads the cache where
-it is.
+fill a GPU. Here the query heads that share a key head read the cache together, where it is: on a GPU in one kernel, the
+op `decode_attention`, elsewhere as rows of one batched product.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from grinqh.device import has_cuda_kernels
 from grinqh.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "grinqh_grouped"
+KERNEL_DIMS = (64, 128, 256)  # numbers of a head that the op `decode_attention` is compiled for
+_COMPILED = has_cuda_kernels()
 
 
 def grouped_attention_forward(
@@ -65,7 +68,12 @@ def grouped_attention_forward(
 
 
 def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """Attention of one query position, [B, 1, H, D']; shapes as for `grouped_attention_forward`, with Q = 1."""
+    """Attention of one query position, [B, 1, H, D']; shapes as for `grouped_attention_forward`, with Q = 1.
+
+    What `has_kernel` says is one kernel; everything else, and all gradients, are products of torch.
+    """
+    if has_kernel(query, key, value, mask):
+        return torch.ops.grinqh.decode_attention(query, key, value, mask, scaling)
     batch, heads, _, _ = query.shape
     groups, length = batch * key.shape[1], key.shape[2]
     # Scaled before the product, which could be too large for float16; a compiler makes it part of another kernel.
@@ -76,6 +84,22 @@ def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
     # Sums of the softmax are float32 for every dtype.
     products = torch.bmm(torch.softmax(scores, dim=-1), value.flatten(0, 1))
     return products.view(batch, 1, heads, value.shape[-1])
+
+
+def has_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether the op `decode_attention` takes these (docs/ops.md)."""
+    tensors = (query, key, value)
+    gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return (
+        _COMPILED
+        and query.is_cuda
+        and not gradients
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and all(tensor.dtype == query.dtype and tensor.shape[-1] in KERNEL_DIMS for tensor in tensors)
+        and key.shape == value.shape
+        and all(tensor.stride(3) == 1 and all(tensor.stride(d) % 8 == 0 for d in range(3)) for tensor in (key, value))
+        and (mask is None or mask.dtype in (torch.bool, query.dtype))
+    )
 
 
 def _masked(scores: Tensor, mask: Tensor) -> Tensor:

@@ -68,6 +68,12 @@ def _fused_linear_fake(
     return x.new_empty((*x.shape[:-1], row_scale.shape[0]))
 
 
+@torch.library.register_fake("grinqh::decode_attention")
+def _decode_attention_fake(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    batch, heads, _, dim = query.shape
+    return query.new_empty((batch, 1, heads, dim))
+
+
 @torch.library.register_fake("grinqh::sort_channels")
 def _sort_channels_fake(weight: Tensor, mean_square: Tensor | None = None) -> Tensor:
     return weight.new_empty((weight.shape[1],), dtype=torch.int32)

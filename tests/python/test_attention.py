@@ -10,9 +10,10 @@ import pytest
 import torch
 from tiny_models import calibrated, llama3, mistral, qwen2, qwen3, smollm, token_ids
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import grinqh
-from grinqh.attention import NAME, grouped_attention, grouped_attention_forward
+from grinqh.attention import NAME, grouped_attention, grouped_attention_forward, has_kernel
 
 pytest.importorskip("transformers")
 from transformers import StaticCache
@@ -96,6 +97,43 @@ def test_the_cache_is_not_copied() -> None:
         grouped_attention(query, cache, cache, torch.ones(1, 1, 1, 4096, dtype=torch.bool), 0.25)
     largest = max(event.self_cpu_memory_usage for event in profiler.events())
     assert largest <= 2 * 8 * 4096 * 4  # the scores
+
+
+def test_the_kernel_is_for_gpus_alone_and_its_shapes_are_known_without_one() -> None:
+    query, key = torch.randn(2, 8, 1, 64, dtype=torch.float16), torch.randn(2, 2, 40, 64, dtype=torch.float16)
+    assert not has_kernel(query, key, key, None)
+    with pytest.raises(NotImplementedError, match="decode_attention"):
+        torch.ops.grinqh.decode_attention(query, key, key, None, 0.1)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(tensor) for tensor in (query, key, key)]
+        result = torch.ops.grinqh.decode_attention(*fakes, None, 0.1)
+    assert (result.shape, result.dtype) == ((2, 1, 8, 64), torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("change", "takes"),
+    [
+        (lambda query, key: (query, key, None), True),
+        (lambda query, key: (query, key, key.new_zeros(1, 1, 1, 40)), True),
+        (lambda query, key: (query, key, key.new_zeros(1, 1, 1, 40, dtype=torch.bool)), True),
+        (lambda query, key: (query, key, key.new_zeros(1, 1, 1, 40, dtype=torch.float32)), False),
+        (lambda query, key: (query.float(), key.float(), None), False),
+        (lambda query, key: (query.bfloat16(), key, None), False),
+        (lambda query, key: (query[..., :32], key[..., :32], None), False),
+        (lambda query, key: (query, key.as_strided(key.shape, (5120, 2560, 1, 40)), None), False),
+        (lambda query, key: (query.requires_grad_(), key, None), False),
+    ],
+)
+def test_the_kernel_is_given_only_what_it_takes(
+    change: Callable[..., tuple[Tensor, ...]], takes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("grinqh.attention._COMPILED", True)
+    with FakeTensorMode():
+        query, key = (
+            torch.empty(2, n, length, 64, dtype=torch.float16, device="cuda") for n, length in ((8, 1), (2, 40))
+        )
+        query, key, mask = change(query, key)
+        assert has_kernel(query, key, key, mask) == takes
 
 
 def test_a_row_without_anything_to_attend_to_is_finite() -> None:

@@ -55,6 +55,8 @@ def test_kernels_that_overlap_count_from_the_end_of_those_before(times: Any) -> 
         ("reduce_kernel", ("aten::linear", "aten::addmm"), "linears"),
         ("flash_named_gemm", ("grinqh::linear",), "linears"),
         (GEMM, ("aten::matmul", "aten::bmm"), "attention"),
+        ("void grinqh::cuda::attention_kernel<__half, 128>", ("grinqh::decode_attention",), "attention"),
+        ("void grinqh::cuda::gemv_kernel<true, 1>", ("grinqh::fused_linear",), "linears"),
     ],
 )
 def test_ops_are_asked_before_names(times: Any, name: str, ops: tuple[str, ...], category: str) -> None:
@@ -69,6 +71,7 @@ def test_ops_are_asked_before_names(times: Any, name: str, ops: tuple[str, ...],
         ("void cutlass::Kernel2<cutlass_80_tensorop>", "linears"),
         ("fmha_cutlassF_f16_aligned_64x64_rf_sm80", "attention"),
         ("void flash_fwd_splitkv_kernel<...>", "attention"),
+        ("void grinqh::cuda::attention_kernel<__half, 128>", "attention"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", "attention"),
         ("triton_per_fused__softmax_add_where_7", "attention"),
         ("triton_tem_fused_mm_3", "linears"),
