@@ -236,7 +236,7 @@ def peak_gb() -> float | None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """The results, also written to `options.json` whenever a method is done."""
+    """The results, also written to `options.json` whenever a stage of a method is done."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -258,9 +258,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                         results[kind].append({"model": name, **row})
                         if kind != "kernels":
                             print(kind, name, *(f"{key}={show(value)}" for key, value in row.items()), flush=True)
+                if options.json:
+                    write_json(options.json, results)
         free_memory()
-        if options.json:
-            write_json(options.json, results)
     return results
 
 

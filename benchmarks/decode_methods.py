@@ -46,6 +46,23 @@ def use_int4(head: bool) -> Callable[[Any], None]:
     return convert
 
 
+def use_nf4(model: Any) -> None:
+    """Every linear layer but the head in the 4-bit floats of the package bitsandbytes, blocks of 64."""
+    from bitsandbytes.nn import Linear4bit, Params4bit  # type: ignore[import-not-found]
+
+    dense = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for name in list(dense):
+        linear = dense.pop(name)
+        if linear is model.get_output_embeddings():
+            continue
+        weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4").to(linear.weight.device)
+        layer = Linear4bit(
+            linear.in_features, linear.out_features, bias=False, compute_dtype=linear.weight.dtype, device="meta"
+        )
+        layer.weight, layer.bias = weight, linear.bias
+        model.set_submodule(name, layer)
+
+
 def use_grinqh(head: bool, fuse: bool = False, layers: bool = False) -> Callable[[Any], None]:
     """Converted and calibrated on random tokens, so that the dial is that of the random model's own activations."""
 
@@ -65,6 +82,7 @@ METHODS = [
     Method("float16", torch.float16, (16.0,), lambda model: None),
     Method("tinygemm int4", torch.bfloat16, (4.0,), use_int4(head=False)),
     Method("tinygemm int4, head too", torch.bfloat16, (4.0,), use_int4(head=True)),
+    Method("bitsandbytes NF4", torch.float16, (4.0,), use_nf4),
     Method("grinqh", torch.float16, DIAL, use_grinqh(head=False), dial=True),
     Method("grinqh, head too", torch.float16, DIAL, use_grinqh(head=True), dial=True),
     Method("grinqh, fused", torch.float16, DIAL, use_grinqh(head=False, fuse=True), dial=True),

@@ -1,5 +1,6 @@
 // Flash decoding (Dao et al., 2023): blocks share the positions, each with a softmax of its own, and the last block to
-// arrive puts their sums together, in the order of the positions.
+// arrive puts their sums together, in the blocks' order. They take turns, a step of positions each, so that a cache
+// that is filled in part is work for all of them.
 //
 // A position's key is spread over dim / 8 lanes, which keep the same eight numbers of four query heads in registers;
 // such a group of lanes goes over positions of its own, four at a time, and keeps the largest score, the sum of weights
@@ -89,21 +90,21 @@ constexpr unsigned kMinusInfinity = kDtype<T> == Dtype::f16 ? 0xfc00 : 0xff80;
 
 template <class T>
 __device__ __forceinline__ MaskBits load_mask(const AttentionParams& p, std::int64_t row, int first, int apart,
-                                              int end) {
+                                              int length) {
   const std::int64_t from = row * p.mask_strides.batch + first * p.mask_strides.position;
   const std::int64_t step = apart * p.mask_strides.position;
   MaskBits bits;
   if (p.mask != nullptr && p.mask_is_added) {
     const auto* numbers = static_cast<const std::uint16_t*>(p.mask) + from;
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) bits.of[r] = first + r * apart < end ? numbers[r * step] : kMinusInfinity<T>;
+    for (int r = 0; r < kRows; ++r) bits.of[r] = first + r * apart < length ? numbers[r * step] : kMinusInfinity<T>;
   } else if (p.mask != nullptr) {
     const auto* bytes = static_cast<const std::uint8_t*>(p.mask) + from;
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) bits.of[r] = first + r * apart < end ? bytes[r * step] : 0;
+    for (int r = 0; r < kRows; ++r) bits.of[r] = first + r * apart < length ? bytes[r * step] : 0;
   } else {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) bits.of[r] = first + r * apart < end ? 1 : 0;
+    for (int r = 0; r < kRows; ++r) bits.of[r] = first + r * apart < length ? 1 : 0;
   }
   return bits;
 }
@@ -180,8 +181,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_kernel(const AttentionP
     query_bits[h] = *reinterpret_cast<const uint4*>(static_cast<const T*>(p.query) + row * p.query_strides.batch +
                                                     head * p.query_strides.head + 8 * lane);
   }
-  const int begin = split * static_cast<int>(p.plan.span), length = static_cast<int>(p.length);
-  const int end = length - begin < p.plan.span ? length : begin + static_cast<int>(p.plan.span);
+  const int length = static_cast<int>(p.length), apart = p.splits * kRows * kGroups;
   const T* keys = static_cast<const T*>(p.key) + row * p.key_strides.batch + kv_head * p.key_strides.head + 8 * lane;
   const T* values =
       static_cast<const T*>(p.value) + row * p.value_strides.batch + kv_head * p.value_strides.head + 8 * lane;
@@ -193,16 +193,20 @@ __global__ void __launch_bounds__(kThreads, 2) attention_kernel(const AttentionP
 #pragma unroll
     for (int i = 0; i < 8; ++i) query[h].of[i] *= p.scale * kLog2E;
   }
-  MaskBits mask = load_mask<T>(p, row, begin + group, kGroups, end);
-  for (int first = begin + group; first - group < end; first += kRows * kGroups) {
+  MaskBits mask = load_mask<T>(p, row, split * kRows * kGroups + group, kGroups, length);
+  for (int first = split * kRows * kGroups + group; first - group < length; first += apart) {
     const Positions at = to_positions<T>(mask, p.mask_is_added);
-    mask = load_mask<T>(p, row, first + kRows * kGroups, kGroups, end);
     bool any = false;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) any = any || at.attended[r];
-    if (!__any_sync(~0u, any)) continue;
-    copy_rows<T>(shared.cache.keys, keys + first * p.key_strides.position, p.key_strides.position, kGroups, at);
-    copy_rows<T>(shared.cache.values, values + first * p.value_strides.position, p.value_strides.position, kGroups, at);
+    any = __any_sync(~0u, any);
+    if (any) {
+      copy_rows<T>(shared.cache.keys, keys + first * p.key_strides.position, p.key_strides.position, kGroups, at);
+      copy_rows<T>(shared.cache.values, values + first * p.value_strides.position, p.value_strides.position, kGroups,
+                   at);
+    }
+    mask = load_mask<T>(p, row, first + apart, kGroups, length);
+    if (!any) continue;
 
     ptx::wait_copies<1>();
     float score[kRows][kHeads];
@@ -215,7 +219,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_kernel(const AttentionP
 #pragma unroll
         for (int i = 0; i < 8; ++i) sum = fmaf(query[h].of[i], key.of[i], sum);
 #pragma unroll
-        for (int apart = kLanes / 2; apart > 0; apart /= 2) sum += __shfl_xor_sync(~0u, sum, apart);
+        for (int other = kLanes / 2; other > 0; other /= 2) sum += __shfl_xor_sync(~0u, sum, other);
         score[r][h] = at.attended[r] ? sum + at.added[r] : -INFINITY;
       }
     }
@@ -288,21 +292,21 @@ __global__ void __launch_bounds__(kThreads, 2) attention_kernel(const AttentionP
     for (int i = 0; i < kOutputs; ++i) result[i] += shares.of[w] * shared.sums[w][h][output % kDim + i];
   }
   const std::int64_t out = (row * p.kv_heads * p.group + first_head) * kDim + output;
-  if (p.plan.splits == 1) {
+  if (p.splits == 1) {
     if (mine) store(p, out, result, all.weight);
     return;
   }
 
   const std::int64_t unit = row * gridDim.y + blockIdx.y;
-  float* const values_of = p.partial + unit * p.plan.splits * kHeads * (kDim + 2);           // [splits][kHeads][kDim]
-  Sums* const sums_of = reinterpret_cast<Sums*>(values_of + p.plan.splits * kHeads * kDim);  // [splits][kHeads]
+  float* const values_of = p.partial + unit * p.splits * kHeads * (kDim + 2);           // [splits][kHeads][kDim]
+  Sums* const sums_of = reinterpret_cast<Sums*>(values_of + p.splits * kHeads * kDim);  // [splits][kHeads]
 #pragma unroll
   for (int i = 0; i < kOutputs; ++i) values_of[split * kHeads * kDim + output + i] = result[i];
   if (output % kDim == 0) sums_of[split * kHeads + h] = all;
   __shared__ bool last;
   __syncthreads();
   if (thread == 0) {
-    last = ptx::arrive(p.arrivals + unit) == static_cast<unsigned>(p.plan.splits - 1);
+    last = ptx::arrive(p.arrivals + unit) == static_cast<unsigned>(p.splits - 1);
     if (last) p.arrivals[unit] = 0;
   }
   __syncthreads();
@@ -311,7 +315,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_kernel(const AttentionP
   Numbers<kOutputs> read[kAttentionSplits] = {};
 #pragma unroll
   for (int s = 0; s < kAttentionSplits; ++s) {
-    if (s >= p.plan.splits) continue;
+    if (s >= p.splits) continue;
     const Numbers<2> sums_there = load_written<2>(reinterpret_cast<const float*>(sums_of + s * kHeads + h));
     of_splits[s] = {sums_there.of[0], sums_there.of[1]};
     read[s] = load_written<kOutputs>(values_of + s * kHeads * kDim + output);
@@ -332,8 +336,8 @@ Status launch(const AttentionParams& p, cudaStream_t stream) {
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(p.plan.splits),
-                        static_cast<unsigned>(attention_counter_count(p) / p.batch), static_cast<unsigned>(p.batch));
+  config.gridDim = dim3(static_cast<unsigned>(p.splits), static_cast<unsigned>(attention_counter_count(p) / p.batch),
+                        static_cast<unsigned>(p.batch));
   config.blockDim = dim3(kThreads);
   config.stream = stream;
   config.attrs = &overlap;

@@ -20,17 +20,13 @@ inline constexpr std::int64_t kMostPositions = std::int64_t{1} << 30;
 // Numbers of a head that the kernels are compiled for: eight to a lane, a power of two of lanes.
 constexpr bool is_attention_dim(std::int64_t dim) { return dim == 64 || dim == 128 || dim == 256; }
 
-// How the positions of a cache are cut. It depends on nothing else, so neither do a row's sums.
-struct AttentionPlan {
-  std::int64_t span;  // positions of a block
-  int splits;         // blocks that share the positions
-};
+// Positions that a block takes at once.
+constexpr std::int64_t attention_step(int dim) { return kAttentionRows * kAttentionThreads / (dim / 8); }
 
-constexpr AttentionPlan plan_attention(std::int64_t length, int dim) {
-  const int step = kAttentionRows * kAttentionThreads / (dim / 8);  // positions that a block takes at once
-  const std::int64_t steps = (length + step - 1) / step;
-  const std::int64_t span = std::max<std::int64_t>(1, (steps + kAttentionSplits - 1) / kAttentionSplits) * step;
-  return {span, static_cast<int>(std::max<std::int64_t>(1, (length + span - 1) / span))};
+// Blocks that share the positions of a cache. Their number depends on nothing else, so neither do a row's sums.
+constexpr int attention_splits(std::int64_t length, int dim) {
+  const std::int64_t steps = (length + attention_step(dim) - 1) / attention_step(dim);
+  return static_cast<int>(std::clamp<std::int64_t>(steps, 1, kAttentionSplits));
 }
 
 // out[b][h] = softmax(scale * query[b][h] . key[b][h / group] + mask[b]) value[b][h / group]. Positions that may not be
@@ -47,8 +43,8 @@ struct AttentionParams {
   };
   Strides query_strides, key_strides, value_strides, mask_strides;
   float scale;
-  void* out;  // [batch][kv_heads * group][dim], contiguous
-  AttentionPlan plan;
+  void* out;           // [batch][kv_heads * group][dim], contiguous
+  int splits;          // of attention_splits
   bool overlap;        // as of GemvParams
   float* partial;      // workspace of attention_partial_count floats
   unsigned* arrivals;  // workspace of attention_counter_count zeros; left zero (counters.h)
@@ -61,7 +57,7 @@ constexpr std::int64_t attention_counter_count(const AttentionParams& p) {
 
 // For each block its sums, and the largest score and sum of weights of each head.
 constexpr std::int64_t attention_partial_count(const AttentionParams& p) {
-  return p.plan.splits == 1 ? 0 : attention_counter_count(p) * p.plan.splits * kAttentionHeads * (p.dim + 2);
+  return p.splits == 1 ? 0 : attention_counter_count(p) * p.splits * kAttentionHeads * (p.dim + 2);
 }
 
 Status attention(const AttentionParams& params, cudaStream_t stream);

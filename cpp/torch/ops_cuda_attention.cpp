@@ -83,7 +83,7 @@ Tensor decode_attention_cuda(Tensor query, Tensor key, Tensor value, std::option
   params.scale = static_cast<float>(scale);
   Tensor out = torch::stable::new_empty(query, {params.batch, 1, query.size(1), query.size(3)});
   params.out = out.mutable_data_ptr();
-  params.plan = cuda::plan_attention(params.length, params.dim);
+  params.splits = cuda::attention_splits(params.length, params.dim);
   cuda::Gpu gpu;
   throw_if_error(kOp, cuda::current_gpu(&gpu, &params.overlap));
   const Tensor partial = torch::stable::new_empty(query, {cuda::attention_partial_count(params)}, ScalarType::Float);

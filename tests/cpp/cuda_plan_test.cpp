@@ -97,19 +97,15 @@ TEST(Plan, WorkspaceCountsEveryPartOfATileAndEverySliceOfEveryLayer) {
   EXPECT_EQ(gemv_partial_count(plan, 300, 2), 0);
 }
 
-TEST(AttentionPlan, SplitsCoverEveryPositionOnceAndNoneIsEmpty) {
+TEST(AttentionPlan, EverySplitHasAStepOfPositionsAndThereAreNoMoreThanMayBe) {
   for (const int dim : {64, 128, 256}) {
-    const std::int64_t step = kAttentionRows * kAttentionThreads / (dim / 8);
-    for (const std::int64_t length : {std::int64_t{1}, step - 1, step, step + 1, 16 * step, 16 * step + 1,
-                                      std::int64_t{5000}, std::int64_t{1} << 31}) {
-      const AttentionPlan plan = plan_attention(length, dim);
-      EXPECT_EQ(plan.span % step, 0);
-      EXPECT_GE(plan.splits, 1);
-      EXPECT_LE(plan.splits, kAttentionSplits);
-      EXPECT_GE(plan.span * plan.splits, length);
-      EXPECT_LT(plan.span * (plan.splits - 1), length);
-    }
-    EXPECT_EQ(plan_attention(0, dim).splits, 1);
+    const std::int64_t step = attention_step(dim);
+    EXPECT_EQ(attention_splits(0, dim), 1);
+    EXPECT_EQ(attention_splits(1, dim), 1);
+    EXPECT_EQ(attention_splits(step, dim), 1);
+    EXPECT_EQ(attention_splits(step + 1, dim), 2);
+    EXPECT_EQ(attention_splits(15 * step + 1, dim), 16);
+    EXPECT_EQ(attention_splits(kMostPositions, dim), kAttentionSplits);
   }
 }
 
@@ -119,12 +115,12 @@ TEST(AttentionPlan, WorkspaceCountsEveryBlockUnlessItIsAlone) {
   params.kv_heads = 2;
   params.group = 5;  // two blocks: four query heads and one
   params.dim = 128;
-  params.plan = plan_attention(1000, 128);
-  EXPECT_EQ(params.plan.splits, 16);
+  params.splits = attention_splits(1000, 128);
+  EXPECT_EQ(params.splits, 16);
   EXPECT_EQ(attention_counter_count(params), 3 * 2 * 2);
   EXPECT_EQ(attention_partial_count(params), 12 * 16 * 4 * (128 + 2));
-  params.plan = plan_attention(64, 128);
-  EXPECT_EQ(params.plan.splits, 1);
+  params.splits = attention_splits(64, 128);
+  EXPECT_EQ(params.splits, 1);
   EXPECT_EQ(attention_partial_count(params), 0);
 }
 

@@ -111,29 +111,37 @@ def test_the_kernel_is_for_gpus_alone_and_its_shapes_are_known_without_one() -> 
 
 
 @pytest.mark.parametrize(
-    ("change", "takes"),
+    ("query", "cache", "mask", "takes"),
     [
-        (lambda query, key: (query, key, None), True),
-        (lambda query, key: (query, key, key.new_zeros(1, 1, 1, 40)), True),
-        (lambda query, key: (query, key, key.new_zeros(1, 1, 1, 40, dtype=torch.bool)), True),
-        (lambda query, key: (query, key, key.new_zeros(1, 1, 1, 40, dtype=torch.float32)), False),
-        (lambda query, key: (query.float(), key.float(), None), False),
-        (lambda query, key: (query.bfloat16(), key, None), False),
-        (lambda query, key: (query[..., :32], key[..., :32], None), False),
-        (lambda query, key: (query, key.as_strided(key.shape, (5120, 2560, 1, 40)), None), False),
-        (lambda query, key: (query.requires_grad_(), key, None), False),
+        ({}, {}, None, True),
+        ({}, {}, torch.float16, True),
+        ({}, {}, torch.bool, True),
+        ({}, {}, torch.float32, False),
+        ({"dtype": torch.float32}, {"dtype": torch.float32}, None, False),
+        ({"dtype": torch.bfloat16}, {}, None, False),
+        ({"dim": 32}, {"dim": 32}, None, False),
+        ({}, {"stride": (5120, 2560, 1, 40)}, None, False),
+        ({}, {"stride": (5124, 2560, 64, 1)}, None, False),
+        ({"requires_grad": True}, {}, None, False),
     ],
 )
 def test_the_kernel_is_given_only_what_it_takes(
-    change: Callable[..., tuple[Tensor, ...]], takes: bool, monkeypatch: pytest.MonkeyPatch
+    query: dict[str, Any],
+    cache: dict[str, Any],
+    mask: torch.dtype | None,
+    takes: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def on_gpu(heads: int, length: int, dim: int = 64, stride: Any = None, **options: Any) -> Tensor:
+        stride = stride or (heads * length * dim, length * dim, dim, 1)
+        options = {"dtype": torch.float16} | options
+        return torch.empty_strided((2, heads, length, dim), stride, device="cuda", **options)
+
     monkeypatch.setattr("grinqh.attention._COMPILED", True)
     with FakeTensorMode():
-        query, key = (
-            torch.empty(2, n, length, 64, dtype=torch.float16, device="cuda") for n, length in ((8, 1), (2, 40))
-        )
-        query, key, mask = change(query, key)
-        assert has_kernel(query, key, key, mask) == takes
+        keys = on_gpu(2, 40, **cache)
+        allowed = None if mask is None else torch.empty(1, 1, 1, 40, dtype=mask, device="cuda")
+        assert has_kernel(on_gpu(8, 1, **query), keys, keys, allowed) == takes
 
 
 def test_a_row_without_anything_to_attend_to_is_finite() -> None:
