@@ -55,11 +55,11 @@ class LabModel:
     tokenizer: PreTrainedTokenizerBase
 
     @classmethod
-    def load(cls, name: str) -> LabModel:
-        """One of MODELS, float32, with continuous weights."""
+    def load(cls, name: str, seed: int = NOISE_SEED) -> LabModel:
+        """One of MODELS, float32, with continuous weights; `seed` is that of the noise."""
         source = Source(MODELS[name]())
         model = source.load_model(torch.float32)
-        generator = torch.Generator().manual_seed(NOISE_SEED)
+        generator = torch.Generator().manual_seed(seed)
         for linear in linears(model).values():
             linear.weight.data = continuous(linear.weight.data, generator)
         return cls(name, model.eval(), source.tokenizer)
