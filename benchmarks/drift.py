@@ -3,8 +3,9 @@
     python benchmarks/drift.py --json benchmarks/results/drift.json
     python benchmarks/drift.py --report benchmarks/results/drift.json    # the table of docs/quality.md
 
-The model, its noise and the texts are those of quality.py. Each text is cut into windows; every second one calibrates
-(or records the dial), others are read with every token graded on its own.
+The model, its noise and the texts are those of quality.py; further ones, which are only read, are help topics as a chat
+in the model's template, and messages in other languages (`pip install django`). Each text is cut into windows; every
+second one calibrates (or records the dial), others are read with every token graded on its own.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from common import ROOT, markdown_table, stamp, write_json
-from quality_models import LabModel, texts
+from quality_models import LabModel, chat, other_languages, texts
 from quality_report import section_options, write_section
 from torch import Tensor
 from tqdm import tqdm
@@ -58,9 +59,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """The rows for each pair of texts."""
     lab = LabModel.load(options.model)
     help_topics, evaluation = texts()
-    cut = {name: windows_of(lab, parts) for name, parts in (evaluation | {"help": [help_topics]}).items()}
+    found = evaluation | {"help": [help_topics]}
+    calibrating = list(found)
+    found |= {"chat": chat(lab.tokenizer)} | other_languages()
+    cut = {name: windows_of(lab, parts) for name, parts in found.items()}
     result: dict[str, Any] = stamp() | {"model": options.model, "window": LENGTH, "windows": READ_WINDOWS, "rows": []}
-    pairs = [(calibrated, read) for calibrated in cut for read in cut]
+    pairs = [(calibrated, read) for calibrated in calibrating for read in cut]
     model: Any = None
     for calibrated, read in tqdm(pairs, desc="drift", unit="pair", file=sys.stderr, disable=None):
         if read == next(iter(cut)):

@@ -8,8 +8,9 @@ noise is what every method starts from, and what it is compared with.
 from __future__ import annotations
 
 import importlib
+import re
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from grinqh.errors import InputError
 from grinqh.evaluate import Reference
 from grinqh.source import Source
-from grinqh.texts import calibration_text, evaluation_texts, read_text
+from grinqh.texts import calibration_text, evaluation_texts, package_folder, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 NEIGHBOURS = 16  # values along K that share a step of the file's grid, at least
 SAME_VALUE = 1e-3  # of the neighbours' range: closer values are one grid point
 NOISE_SEED = 0
+MESSAGE = 20  # characters of a message, at least: shorter ones are names
+LANGUAGES = {"German": "de", "Chinese": "zh_Hans"}  # with Django's name for them
 # Modules of Python's standard library that are evaluated as code.
 CODE = ("argparse.py", "datetime.py", "decimal.py", "difflib.py", "statistics.py", "tarfile.py", "typing.py")
 
@@ -96,3 +99,40 @@ def texts() -> tuple[str, dict[str, list[str]]]:
         "code": [read_text(library / name) for name in CODE],
         "help": [help_topics[middle:]],
     }
+
+
+def other_languages() -> dict[str, list[str]]:
+    """Messages of the web framework Django by language: one to a paragraph."""
+    folder = package_folder("django")
+    if folder is None:
+        raise InputError("the package django is not installed: its messages are the texts in other languages")
+    return {name: ["\n\n".join(_messages(folder, code))] for name, code in LANGUAGES.items()}
+
+
+def _messages(folder: Path, language: str) -> Iterator[str]:
+    """Translations in a package's catalogues, sorted by what they translate."""
+    for path in sorted(folder.glob(f"**/locale/{language}/LC_MESSAGES/*.po")):
+        text = path.read_text(encoding="utf-8")
+        for message in re.findall(r'^msgstr(?:\[\d+\])? ((?:"[^\n]*"\n)+)', text, re.MULTILINE)[
+            1:
+        ]:  # the first: a header
+            joined = "".join(re.findall(r'"(.*)"', message))
+            if len(joined) >= MESSAGE:
+                yield joined.replace('\\"', '"').replace("\\n", "\n")
+
+
+def chat(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The help topics that do not calibrate as questions and answers, in the model's own template."""
+    from pydoc_data.topics import topics
+
+    names = sorted(topics)[len(topics) // 2 :]
+    return [
+        str(tokenizer.apply_chat_template(
+            [
+                {"role": "user", "content": f"What does Python's help say about {name}?"},
+                {"role": "assistant", "content": topics[name]},
+            ],
+            tokenize=False,
+        ))
+        for name in names
+    ]  # fmt: skip

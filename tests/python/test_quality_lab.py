@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,3 +120,31 @@ def test_tables_hold_a_line_for_each_method_and_text() -> None:
     stored = quality_report.stored_table(rows)
     assert "4 stored bits" in stored
     assert "0.2000, 0.1000" in stored
+
+
+def test_messages_of_a_catalogue_are_whole_sentences(tmp_path: Path) -> None:
+    folder = tmp_path / "conf" / "locale" / "de" / "LC_MESSAGES"
+    folder.mkdir(parents=True)
+    folder.joinpath("django.po").write_text(
+        'msgid ""\nmsgstr ""\n"Project-Id-Version: a header that is long enough\\n"\n\n'
+        'msgid "German"\nmsgstr "Deutsch"\n\n'
+        'msgid "a"\nmsgstr ""\n"Dieser Satz steht in "\n"zwei \\"Zeilen\\"."\n\n'
+        'msgid "b"\nmsgid_plural "c"\nmsgstr[0] "Ein Satz in der Einzahl."\nmsgstr[1] "Ein Satz in der Mehrzahl."\n',
+        encoding="utf-8",
+    )
+    wanted = ['Dieser Satz steht in zwei "Zeilen".', "Ein Satz in der Einzahl.", "Ein Satz in der Mehrzahl."]
+    assert list(quality_models._messages(tmp_path, "de")) == wanted
+
+
+def test_chats_are_questions_and_answers_from_the_half_of_the_topics_that_does_not_calibrate() -> None:
+    from pydoc_data.topics import topics
+
+    class Template:
+        def apply_chat_template(self, messages: list[dict[str, str]], tokenize: bool) -> str:
+            assert not tokenize
+            return " ".join(f"<{message['role']}> {message['content']}" for message in messages)
+
+    chats: Any = quality_models.chat(Template())
+    last = sorted(topics)[-1]
+    assert chats[-1] == f"<user> What does Python's help say about {last}? <assistant> {topics[last]}"
+    assert len(chats) == len(topics) - len(topics) // 2
