@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as functional
 from common import ROOT, markdown_table, stamp, write_json
 from quality_models import LabModel, reference, texts
 from quality_report import section_options, write_section
@@ -41,6 +43,7 @@ class Variant:
     tokens: int = 4096  # of it
     sensitivity: bool = True
     exact: bool = False  # whether every token keeps to the budget
+    in_full: int = 0  # tokens at the beginning of a window that read everything, as those of a prompt do
     change: Callable[[grinqh.GrinqhLinear], None] | None = None  # made to every packed layer before calibration
 
 
@@ -60,6 +63,16 @@ def no_gain(layer: grinqh.GrinqhLinear) -> None:
     layer.gain.fill_(1.0)
 
 
+def read_in_full(layer: grinqh.GrinqhLinear, tokens: int) -> None:
+    """Gives the first tokens of an input [1, T, K] the layer's whole weights; counts do not see it."""
+
+    def replace(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        first = functional.linear(inputs[0][:, :tokens], layer.dense().T, layer.bias)
+        return torch.cat([first, output[:, tokens:]], dim=1)
+
+    layer.register_forward_hook(replace)
+
+
 VARIANTS = (
     Variant("default"),
     Variant("importance: size of x alone", change=plain_importance),
@@ -72,6 +85,9 @@ VARIANTS = (
     Variant("blocks of 32", {"block": 32}),
     Variant("blocks of 128", {"block": 128}),
     Variant("exact budget for every token", exact=True),
+    Variant("first token of a window in full", in_full=1),
+    Variant("first 4 tokens of a window in full", in_full=4),
+    Variant("a prompt of 128 tokens in full", in_full=128),
     Variant("calibration: 512 tokens", tokens=512),
     Variant("calibration: 8192 tokens", tokens=8192),
     Variant("calibration: code", calibration="code"),
@@ -108,6 +124,8 @@ def measure(
         for layer in grinqh.packed_layers(model).values():
             variant.change(layer)
     grinqh.calibrate(model, ids, max_tokens=sum(map(len, ids)), sensitivity=variant.sensitivity, progress=False)
+    for layer in grinqh.packed_layers(model).values() if variant.in_full else ():
+        read_in_full(layer, variant.in_full)
     rows = []
     for bits in READ_BITS:
         grinqh.set_bits(model, bits, exact_budget=variant.exact)

@@ -30,6 +30,15 @@ def test_plain_importance_is_the_size_of_x(layer: grinqh.GrinqhLinear) -> None:
     assert bool((layer.channel_weight == 1).all())
 
 
+def test_the_first_tokens_read_everything_and_the_others_what_the_dial_says(layer: grinqh.GrinqhLinear) -> None:
+    layer.set_thresholds([torch.inf] * layer.format.planes)
+    x = torch.randn(1, 7, 96, generator=torch.Generator().manual_seed(1))
+    ablation.read_in_full(layer, 3)
+    got = layer(x)
+    torch.testing.assert_close(got[:, :3], x[:, :3] @ layer.dense())
+    assert bool((got[:, 3:] == 0).all())
+
+
 def test_norm_importance_follows_the_norms_of_the_stored_columns(layer: grinqh.GrinqhLinear) -> None:
     ablation.norm_importance(layer)
     norm = layer.dense().norm(dim=1)[layer.channel_order.long()]
