@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,9 +19,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as functional
-from common import ROOT, markdown_table, stamp, write_json
+from common import markdown_table, stamp, write_json
 from quality_models import LabModel, reference, texts
-from quality_report import section_options, write_section
+from quality_report import run_or_report, section_options, write_section
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -155,11 +154,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=4, help="of the text (default: %(default)s)")
     names = [variant.name for variant in VARIANTS]
     parser.add_argument("--variants", nargs="*", default=names, choices=names)
-    options = parser.parse_args()
-    if options.report:
-        write_report(json.loads(options.report.read_text(encoding="utf-8")), ROOT)
-    else:
-        run(options)
+    run_or_report(parser.parse_args(), run, write_report)
 
 
 if __name__ == "__main__":

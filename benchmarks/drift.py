@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, markdown_table, stamp, write_json
+from common import markdown_table, stamp, write_json
 from quality_models import LabModel, chat, other_languages, texts
-from quality_report import section_options, write_section
+from quality_report import run_or_report, section_options, write_section
 from torch import Tensor
 from tqdm import tqdm
 
@@ -106,11 +106,7 @@ def write_report(result: dict[str, Any], root: Path) -> None:
 
 
 def main() -> None:
-    options = section_options(__doc__).parse_args()
-    if options.report:
-        write_report(json.loads(options.report.read_text(encoding="utf-8")), ROOT)
-    else:
-        run(options)
+    run_or_report(section_options(__doc__).parse_args(), run, write_report)
 
 
 if __name__ == "__main__":

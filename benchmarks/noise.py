@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, markdown_table, stamp, write_json
+from common import markdown_table, stamp, write_json
 from quality_models import LabModel, texts
-from quality_report import section_options, write_section
+from quality_report import run_or_report, section_options, write_section
 from tqdm import tqdm
 
 import grinqh
@@ -86,11 +86,7 @@ def main() -> None:
     parser = section_options(__doc__)
     parser.add_argument("--windows", type=int, default=4, help="of the text (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=6, help="of the noise, from 0 on (default: %(default)s)")
-    options = parser.parse_args()
-    if options.report:
-        write_report(json.loads(options.report.read_text(encoding="utf-8")), ROOT)
-    else:
-        run(options)
+    run_or_report(parser.parse_args(), run, write_report)
 
 
 if __name__ == "__main__":

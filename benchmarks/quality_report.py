@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,18 @@ def section_options(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--report", type=Path, help="write docs/quality.md from these results, measure nothing")
     parser.add_argument("--model", default="SmolLM2-135M-Instruct", choices=list(MODELS))
     return parser
+
+
+def run_or_report(
+    options: argparse.Namespace,
+    run: Callable[[argparse.Namespace], Row],
+    report: Callable[[Row, Path], None],
+) -> None:
+    """Does what such options ask for: a run, or the report of an earlier one."""
+    if options.report:
+        report(json.loads(options.report.read_text(encoding="utf-8")), ROOT)
+    else:
+        run(options)
 
 
 def read_table(rows: list[Row]) -> str:
