@@ -106,13 +106,15 @@ Status current_gpu(Gpu* gpu, bool* overlap) {
   auto found = known.find(device);
   if (found == known.end()) {
     Known fresh;
-    int major = 0;
+    int major = 0, minor = 0;
     failure = cudaDeviceGetAttribute(&fresh.gpu.multiprocessors, cudaDevAttrMultiProcessorCount, device);
     if (failure == cudaSuccess)
       failure = cudaDeviceGetAttribute(&fresh.gpu.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (failure == cudaSuccess) failure = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (failure == cudaSuccess) failure = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     if (failure != cudaSuccess) return cuda_error("device", failure);
     if (major < 8) return error("device %d has compute capability %d: 8.0 and later are supported", device, major);
+    fresh.gpu.capability = 10 * major + minor;
     fresh.overlap = major >= 9;
     found = known.emplace(device, fresh).first;
   }

@@ -16,8 +16,12 @@ struct PrepareParams {
   std::int64_t m, k;
   std::int64_t x_stride;  // elements from row to row
   Dtype dtype;            // of x, the norm's weight and out
-  InputTransform transform;
-  void* out;  // [m][k]
+  InputTransform transform;  // may be nothing with an order
+  // [k], or null. With it x has 16 bits and k is at most kMostProductK, and out is x as `product` takes it (product.h),
+  // column c of feature order[c].
+  const std::int32_t* order;
+  int tile_rows;  // with an order
+  void* out;      // [m][k], or product_input_size elements
 };
 Status prepare(const PrepareParams& params, cudaStream_t stream);
 

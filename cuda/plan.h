@@ -32,6 +32,7 @@ struct GemvShape {
 struct Gpu {
   int multiprocessors = 0;
   int shared_bytes = 0;  // most that a block may use
+  int capability = 0;    // 80 for 8.0
   bool operator==(const Gpu&) const = default;
 };
 

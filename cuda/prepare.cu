@@ -1,6 +1,7 @@
 // The transformed input of a layer by itself: for prompts, budgets and counting, which need it in memory.
 #include "input.cuh"
 #include "kernels.h"
+#include "product.h"
 
 namespace grinqh::cuda {
 namespace {
@@ -50,9 +51,26 @@ __device__ __forceinline__ void store(void* to, std::int64_t i, Dtype dtype, con
   }
 }
 
+// The row's outputs in the order of the stored channels.
+__device__ __forceinline__ void gather(const PrepareParams& p, const std::uint16_t* outputs) {
+  const int k = static_cast<int>(p.k), steps = static_cast<int>(product_steps(p.k));
+  for (int group = threadIdx.x; group < 8 * steps; group += kThreads) {
+    alignas(16) std::uint16_t bits[kTogether];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const int c = group * kTogether + i;
+      bits[i] = c < k ? outputs[p.order[c]] : std::uint16_t{0};
+    }
+    const std::int64_t to = product_input(blockIdx.x, group, steps, p.tile_rows);
+    *reinterpret_cast<uint4*>(static_cast<std::uint16_t*>(p.out) + to) = *reinterpret_cast<const uint4*>(bits);
+  }
+}
+
 template <int kCount>
 __global__ void __launch_bounds__(kThreads) prepare_kernel(const PrepareParams p) {
+  extern __shared__ uint4 row[];  // where the outputs are put into order
   __shared__ float groups[kNormGroups];
+  const bool ordered = p.order != nullptr;
   const std::int64_t first = blockIdx.x * p.x_stride, to = blockIdx.x * p.k;
   const int k = static_cast<int>(p.k);
   float factor = 1;
@@ -62,27 +80,36 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const PrepareParams p
     factor = norm_factor(groups, k, p.transform.norm_eps);
   }
   for (int j = threadIdx.x * kCount; j < k; j += kThreads * kCount) {
-    const Numbers<kCount> x = load<kCount>(p.x, first + j, p.dtype);
-    const Numbers<kCount> other = p.transform.gated ? load<kCount>(p.x, first + k + j, p.dtype)
-                                                    : load<kCount>(p.transform.norm_weight, j, p.dtype);
-    Numbers<kCount> value;
+    Numbers<kCount> value = load<kCount>(p.x, first + j, p.dtype);
+    if (p.transform.gated) {
+      const Numbers<kCount> up = load<kCount>(p.x, first + k + j, p.dtype);
 #pragma unroll
-    for (int n = 0; n < kCount; ++n) {
-      value.of[n] =
-          p.transform.gated ? gated_silu(x.of[n], other.of[n], p.dtype) : normed(x.of[n], factor, other.of[n], p.dtype);
+      for (int n = 0; n < kCount; ++n) value.of[n] = gated_silu(value.of[n], up.of[n], p.dtype);
+    } else if (p.transform.norm_weight) {
+      const Numbers<kCount> weight = load<kCount>(p.transform.norm_weight, j, p.dtype);
+#pragma unroll
+      for (int n = 0; n < kCount; ++n) value.of[n] = normed(value.of[n], factor, weight.of[n], p.dtype);
     }
-    store<kCount>(p.out, to + j, p.dtype, value);
+    store<kCount>(ordered ? row : p.out, ordered ? j : to + j, p.dtype, value);
   }
+  if (!ordered) return;
+  __syncthreads();
+  gather(p, reinterpret_cast<const std::uint16_t*>(row));
 }
 
 }  // namespace
 
 Status prepare(const PrepareParams& params, cudaStream_t stream) {
-  if (params.transform.nothing()) return error("neither a norm nor a gate is given: one of them must be");
+  const bool ordered = params.order != nullptr;
+  if (params.transform.nothing() && !ordered) {
+    return error("neither a norm nor a gate is given: one of them must be");
+  }
   if (Status status = check_transform(params.transform); !status.ok()) return status;
   if (params.m == 0 || params.k == 0) return {};
   const auto kernel = is_aligned(params) ? prepare_kernel<kTogether> : prepare_kernel<1>;
-  kernel<<<static_cast<unsigned>(params.m), kThreads, 0, stream>>>(params);
+  const int shared = ordered ? static_cast<int>(params.k) * 2 : 0;
+  if (shared > 0) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  kernel<<<static_cast<unsigned>(params.m), kThreads, shared, stream>>>(params);
   return launched("prepare");
 }
 

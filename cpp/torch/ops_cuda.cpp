@@ -2,10 +2,12 @@
 // makes them at load time, `unpack_tiles` gives the canonical ones back.
 
 #include <algorithm>
+#include <cstdlib>
 
 #include "counters.h"
 #include "cuda_common.h"
 #include "kernels.h"
+#include "product.h"
 
 namespace grinqh::binding {
 namespace {
@@ -185,7 +187,7 @@ Tensor dense_tiles(const char* op, const PackedWeight& weight, const Tensor& lik
   return dense;
 }
 
-// Prefill: outputs are made dense in strips of at most this many weights, and multiplied.
+// Outputs are made dense in strips of at most this many weights, and multiplied.
 constexpr int64_t kStripWeights = int64_t{1} << 27;
 
 // The product of x with the outputs of some tiles, their bias added.
@@ -199,26 +201,13 @@ Tensor dense_product(const Tensor& x, const PackedWeight& weight, const std::opt
   return torch::stable::subtract(product, part, -1.0);
 }
 
-Tensor linear_cuda(Tensor x, GRINQH_LAYER_PARAMETERS, int64_t max_graded_rows) {
-  const LayerArguments layer = GRINQH_LAYER_ARGUMENTS;
-  STD_TORCH_CHECK(channel_order.dim() == 1, "grinqh::linear: channel_order has shape ", shape_text(channel_order),
-                  ": it must be [K]");
-  const int64_t k = channel_order.size(0);
-  if (row_count("linear", x, k) <= max_graded_rows) {
-    Tensor y = empty_output(x, row_scale);
-    run_gemv("linear", x, layer, y, nullptr);
-    return y;
-  }
-  const DeviceGuard guard(x.get_device_index());
-  const PackedWeight weight = to_tiled("linear", layer, x);
-  to_grading("linear", channel_weight, thresholds, budget, weight, x);
-  check_bias("linear", bias, x, weight.n);
+Tensor dense_linear(const Tensor& x, const PackedWeight& weight, const std::optional<Tensor>& bias) {
   const int64_t tiles = cuda::tile_count(weight.n);
-  const int64_t strip = std::max<int64_t>(1, kStripWeights / (std::max<int64_t>(k, 1) * cuda::kTile));
+  const int64_t strip = std::max<int64_t>(1, kStripWeights / (std::max<int64_t>(weight.k, 1) * cuda::kTile));
   // Nearly every layer is one strip, whose product is the result: each call of torch costs the processor microseconds,
   // which shorter prompts do not hide.
   if (tiles <= strip) return dense_product(x, weight, bias, 0, tiles);
-  Tensor y = empty_output(x, row_scale);
+  Tensor y = torch::stable::new_empty(x, output_sizes(x, weight.n));
   for (int64_t tile = 0; tile < tiles; tile += strip) {
     const Tensor product = dense_product(x, weight, bias, tile, std::min(tiles, tile + strip));
     Tensor part = torch::stable::narrow(y, y.dim() - 1, tile * cuda::kTile, product.size(product.dim() - 1));
@@ -227,19 +216,87 @@ Tensor linear_cuda(Tensor x, GRINQH_LAYER_PARAMETERS, int64_t max_graded_rows) {
   return y;
 }
 
-Tensor prepare_cuda(Tensor x, std::optional<Tensor> norm_weight, double norm_eps, bool gated) {
-  const DeviceGuard guard(x.get_device_index());
+cuda::PrepareParams prepare_params(const char* op, const Rows& rows, const InputTransform& transform, int64_t k) {
   cuda::PrepareParams params{};
-  params.dtype = to_dtype("prepare", "x", x.scalar_type());
-  params.transform = to_transform("prepare", x, norm_weight, norm_eps, gated, &params.k);
-  const Rows rows = to_rows("prepare", x, gated ? 2 * params.k : params.k);
   params.x = rows.x.const_data_ptr();
   params.m = rows.count;
+  params.k = k;
   params.x_stride = rows.stride;
-  Tensor out = torch::stable::new_empty(x, output_sizes(x, params.k));
+  params.dtype = to_dtype(op, "x", rows.x.scalar_type());
+  params.transform = transform;
+  return params;
+}
+
+// The transformed rows, [rows, K].
+Tensor transformed(const char* op, const Tensor& x, const InputTransform& transform, int64_t k) {
+  const Rows rows = to_rows(op, x, transform.gated ? 2 * k : k);
+  cuda::PrepareParams params = prepare_params(op, rows, transform, k);
+  Tensor out = torch::stable::new_empty(x, output_sizes(x, k));
   params.out = out.mutable_data_ptr();
-  throw_if_error("prepare", cuda::prepare(params, stream_of(x)));
+  throw_if_error(op, cuda::prepare(params, stream_of(x)));
   return out;
+}
+
+// Rows that are not graded: the transformed ones with every stored plane.
+Tensor linear_in_full(const char* op, const Tensor& x, const LayerArguments& layer, const InputTransform& transform,
+                      const std::optional<Tensor>& residual) {
+  const DeviceGuard guard(x.get_device_index());
+  const PackedWeight weight = to_tiled(op, layer, x);
+  to_grading(op, layer.channel_weight, layer.thresholds, layer.budget, weight, x);
+  check_bias(op, layer.bias, x, weight.n);
+  const Dtype dtype = to_dtype(op, "x", x.scalar_type());
+  const Rows rows = to_rows(op, x, transform.gated ? 2 * weight.k : weight.k);
+  cuda::Gpu gpu;
+  bool overlap = false;
+  throw_if_error(op, cuda::current_gpu(&gpu, &overlap));
+  if (!cuda::has_product(weight, dtype) || !cuda::product_runs_on(gpu) || getenv("NOPROD")) {
+    const Tensor y = dense_linear(transform.nothing() ? x : transformed(op, x, transform, weight.k), weight, layer.bias);
+    if (!residual.has_value()) return y;
+    check_residual(op, *residual, y);
+    return torch::stable::subtract(y, *residual, -1.0);
+  }
+  Tensor y = torch::stable::new_empty(x, output_sizes(x, weight.n));
+  cuda::ProductParams params{};
+  Tensor added;  // keeps it alive
+  if (residual.has_value()) {
+    check_residual(op, *residual, y);
+    added = residual->is_contiguous() ? *residual : torch::stable::contiguous(*residual);
+    params.residual = added.const_data_ptr();
+  }
+  params.plan = cuda::plan_product(weight.n, weight.k, rows.count, gpu.multiprocessors);
+  cuda::PrepareParams prepare = prepare_params(op, rows, transform, weight.k);
+  prepare.order = weight.channel_order;
+  prepare.tile_rows = params.plan.rows;
+  Tensor input = torch::stable::new_empty(x, {cuda::product_input_size(rows.count, weight.k, params.plan.rows)});
+  prepare.out = input.mutable_data_ptr();
+  throw_if_error(op, cuda::prepare(prepare, stream_of(x)));
+  params.x = input.const_data_ptr();
+  params.m = rows.count;
+  params.dtype = dtype;
+  params.weight = weight;
+  params.bias = layer.bias.has_value() ? layer.bias->const_data_ptr() : nullptr;
+  params.y = y.mutable_data_ptr();
+  throw_if_error(op, cuda::product(params, stream_of(x)));
+  return y;
+}
+
+Tensor linear_cuda(Tensor x, GRINQH_LAYER_PARAMETERS, int64_t max_graded_rows) {
+  const LayerArguments layer = GRINQH_LAYER_ARGUMENTS;
+  STD_TORCH_CHECK(channel_order.dim() == 1, "grinqh::linear: channel_order has shape ", shape_text(channel_order),
+                  ": it must be [K]");
+  if (row_count("linear", x, channel_order.size(0)) > max_graded_rows) {
+    return linear_in_full("linear", x, layer, {}, std::nullopt);
+  }
+  Tensor y = empty_output(x, row_scale);
+  run_gemv("linear", x, layer, y, nullptr);
+  return y;
+}
+
+Tensor prepare_cuda(Tensor x, std::optional<Tensor> norm_weight, double norm_eps, bool gated) {
+  const DeviceGuard guard(x.get_device_index());
+  int64_t k = 0;
+  const InputTransform transform = to_transform("prepare", x, norm_weight, norm_eps, gated, &k);
+  return transformed("prepare", x, transform, k);
 }
 
 Tensor fused_linear_cuda(Tensor x, GRINQH_LAYER_PARAMETERS, int64_t max_graded_rows, std::optional<Tensor> norm_weight,
@@ -250,25 +307,27 @@ Tensor fused_linear_cuda(Tensor x, GRINQH_LAYER_PARAMETERS, int64_t max_graded_r
   throw_if_error("fused_linear", check_transform(around.transform));
   STD_TORCH_CHECK(row_scale.dim() == 1, "grinqh::fused_linear: row_scale has shape ", shape_text(row_scale),
                   ": it must be [N]");
-  const bool graded = row_count("fused_linear", x, gated ? 2 * k : k) <= max_graded_rows && !budget.has_value();
-  if (graded) {
-    Tensor y = torch::stable::new_empty(x, output_sizes(x, row_scale.size(0)));
-    Tensor added;  // keeps it alive
-    if (residual.has_value()) {
-      check_residual("fused_linear", *residual, y);
-      added = residual->is_contiguous() ? *residual : torch::stable::contiguous(*residual);
-      around.residual = added.const_data_ptr();
-    }
-    run_gemv("fused_linear", x, GRINQH_LAYER_ARGUMENTS, y, nullptr, around);
-    return y;
+  const LayerArguments layer = GRINQH_LAYER_ARGUMENTS;
+  if (row_count("fused_linear", x, gated ? 2 * k : k) > max_graded_rows) {
+    return linear_in_full("fused_linear", x, layer, around.transform, residual);
   }
-  // Prompts, and budgets, which are fitted to the transformed rows.
-  const Tensor input = around.transform.nothing() ? x : prepare_cuda(x, norm_weight, norm_eps, gated);
-  Tensor y = linear_cuda(input, planes, block_scale, row_scale, gain, channel_order, channel_weight, thresholds, widths,
-                         block, bias, budget, max_graded_rows);
-  if (!residual.has_value()) return y;
-  check_residual("fused_linear", *residual, y);
-  return torch::stable::subtract(y, *residual, -1.0);
+  if (budget.has_value()) {  // which is fitted to the transformed rows
+    const Tensor input = around.transform.nothing() ? x : prepare_cuda(x, norm_weight, norm_eps, gated);
+    Tensor y = empty_output(input, row_scale);
+    run_gemv("fused_linear", input, layer, y, nullptr);
+    if (!residual.has_value()) return y;
+    check_residual("fused_linear", *residual, y);
+    return torch::stable::subtract(y, *residual, -1.0);
+  }
+  Tensor y = torch::stable::new_empty(x, output_sizes(x, row_scale.size(0)));
+  Tensor added;  // keeps it alive
+  if (residual.has_value()) {
+    check_residual("fused_linear", *residual, y);
+    added = residual->is_contiguous() ? *residual : torch::stable::contiguous(*residual);
+    around.residual = added.const_data_ptr();
+  }
+  run_gemv("fused_linear", x, layer, y, nullptr, around);
+  return y;
 }
 
 Tensor grade_cuda(Tensor x, std::vector<Tensor> planes, Tensor channel_order, Tensor channel_weight, Tensor thresholds,
