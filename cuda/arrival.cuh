@@ -21,11 +21,10 @@ __device__ __forceinline__ void arrive_and_expect(std::uint32_t barrier, int byt
 __device__ __forceinline__ void wait(std::uint32_t barrier, int phase) {
   unsigned ended;
   do {
-    asm volatile(
-        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-        : "=r"(ended)
-        : "r"(barrier), "r"(phase & 1)
-        : "memory");
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(ended)
+                 : "r"(barrier), "r"(phase & 1)
+                 : "memory");
   } while (ended == 0);
 }
 

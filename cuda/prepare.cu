@@ -54,12 +54,18 @@ __device__ __forceinline__ void store(void* to, std::int64_t i, Dtype dtype, con
 // The row's outputs in the order of the stored channels.
 __device__ __forceinline__ void gather(const PrepareParams& p, const std::uint16_t* outputs) {
   const int k = static_cast<int>(p.k), steps = static_cast<int>(product_steps(p.k));
+  const bool whole_order = reinterpret_cast<std::uintptr_t>(p.order) % 16 == 0;
   for (int group = threadIdx.x; group < 8 * steps; group += kThreads) {
     alignas(16) std::uint16_t bits[kTogether];
+    const int first = group * kTogether;
+    if (first + kTogether <= k && whole_order) {
+      int order[kTogether];
+      *reinterpret_cast<int4*>(order) = __ldg(reinterpret_cast<const int4*>(p.order + first));
+      *reinterpret_cast<int4*>(order + 4) = __ldg(reinterpret_cast<const int4*>(p.order + first + 4));
 #pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-      const int c = group * kTogether + i;
-      bits[i] = c < k ? outputs[p.order[c]] : std::uint16_t{0};
+      for (int i = 0; i < kTogether; ++i) bits[i] = outputs[order[i]];
+    } else {
+      for (int i = 0; i < kTogether; ++i) bits[i] = first + i < k ? outputs[p.order[first + i]] : std::uint16_t{0};
     }
     const std::int64_t to = product_input(blockIdx.x, group, steps, p.tile_rows);
     *reinterpret_cast<uint4*>(static_cast<std::uint16_t*>(p.out) + to) = *reinterpret_cast<const uint4*>(bits);

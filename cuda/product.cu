@@ -1,12 +1,13 @@
-// Many rows times all stored planes, without dense weights in memory. A block of three warpgroups has a tile of 256
+// Many rows times all stored planes, without dense weights in memory. A block of four warpgroups has a tile of 256
 // outputs, some rows and a slice of the channels, which it takes in steps of 64:
 //
-//     one thread      copies codes, scales and x to shared memory, some steps ahead
-//     one warpgroup   makes the weights of a step dense, in shared memory
+//     two warpgroups  make the weights of a step dense, in shared memory
 //     two warpgroups  multiply 128 outputs each with all rows; their sums stay in registers
 //
-// WEIGHTS  Thread 8 c + g takes the eight bytes of lane group g (layout.h) of channels c, c + 16, .. from each subplane,
-//          and exchanges their 2-bit fields so that each byte is a whole code q. A weight is then
+// A thread of the latter copies codes, scales and x to shared memory, some steps ahead.
+//
+// WEIGHTS  Thread 8 c + g takes the eight bytes of lane group g (layout.h) of channels c and c + 32 from each
+//          subplane, and exchanges their 2-bit fields so that each byte is a whole code q. A weight is then
 //              (q - 128 + step) * scale           step: half of what the bits that are not stored count
 //          in the type of x, where q - 128 is exact. Outputs of one block of 64 are the rows of a product; the one
 //          of matrix tile i and half h of the four tiles in the block becomes row 8 g + 2 (i % 4) + h, so that a
@@ -22,21 +23,21 @@
 namespace grinqh::cuda {
 namespace {
 
-constexpr int kGroup = 128;           // threads of a warpgroup
-constexpr int kThreads = 3 * kGroup;  // the last one makes weights dense
+constexpr int kHalf = 256;  // threads that multiply, and as many that make weights dense
+constexpr int kThreads = 2 * kHalf;
 constexpr int kChannels = kProductChannels;
-constexpr int kRowBytes = kChannels * 2;                 // of x, or of a channel's weights
-constexpr int kBlockRows = 64;                           // outputs of one product
-constexpr int kBlocks = kTile / kBlockRows;              // of them in a tile
-constexpr int kMostSubs = 4;                             // of 2 bits
-constexpr int kPieces = kChannels * 8 / kGroup;          // of codes, that a thread makes dense in a step
-constexpr int kRunBytes = kChannels * run_bytes(2);      // of one subplane in a step
-constexpr int kScaleBytes = kChannels * kBlocks * 2;     // at most
+constexpr int kRowBytes = kChannels * 2;              // of x, or of a channel's weights
+constexpr int kBlockRows = 64;                        // outputs of one product
+constexpr int kBlocks = kTile / kBlockRows;           // of them in a tile
+constexpr int kMostSubs = 4;                          // of 2 bits
+constexpr int kPieces = kChannels * 8 / kHalf;        // of codes, that a thread makes dense in a step
+constexpr int kRunBytes = kChannels * run_bytes(2);   // of one subplane in a step
+constexpr int kScaleBytes = kChannels * kBlocks * 2;  // at most
 constexpr int kCodeBytes = kMostSubs * kRunBytes + kScaleBytes;
-constexpr int kBlockBytes = kBlockRows * kRowBytes;      // weights of one product's outputs in a step
-constexpr int kWeightBytes = kBlocks * kBlockBytes;      // of all
-constexpr int kBuffers = 3, kInputBuffers = 4;           // of codes and of weights; of x
-constexpr int kDenseBarrier = 1;                         // of the warpgroup that makes weights dense
+constexpr int kBlockBytes = kBlockRows * kRowBytes;            // weights of one product's outputs in a step
+constexpr int kWeightBytes = kBlocks * kBlockBytes;            // of all
+constexpr int kBuffers = 3, kCodeBuffers = 4;                  // of weights and x; of codes
+constexpr int kMultiplyRegisters = 160, kDenseRegisters = 96;  // of 128 that each thread begins with
 
 struct ProductArgs {
   const std::uint8_t* runs[kMostSubs];
@@ -95,9 +96,9 @@ struct Factors {
 };
 
 struct Barriers {
-  std::uint64_t codes[kBuffers], input[kInputBuffers];  // copied
-  std::uint64_t weights[kBuffers];                      // dense
-  std::uint64_t multiplied[kBuffers];                   // the weights, and the x of the step
+  std::uint64_t codes[kCodeBuffers], input[kBuffers];  // copied
+  std::uint64_t weights[kBuffers];                     // dense, so that their codes are not needed any more
+  std::uint64_t multiplied[kBuffers];                  // so that weights and x are not
 };
 
 template <class Number, int kRows>
@@ -105,8 +106,8 @@ struct Shared {
   static constexpr int kInputBytes = kRows * kRowBytes;
   static constexpr int kStagedBlock = kBlockRows + 8, kStagedRow = kBlocks * kStagedBlock + 4;  // floats; no conflicts
   static constexpr int kInput = kBuffers * kWeightBytes;
-  static constexpr int kCodes = kInput + kInputBuffers * kInputBytes;
-  static constexpr int kOperands = kCodes + kBuffers * kCodeBytes;
+  static constexpr int kCodes = kInput + kBuffers * kInputBytes;
+  static constexpr int kOperands = kCodes + kCodeBuffers * kCodeBytes;
   static constexpr int kStaged = kRows * kStagedRow * static_cast<int>(sizeof(float));
   static constexpr int kBarriers = kOperands > kStaged ? kOperands : kStaged;
   static constexpr int kFactors = kBarriers + static_cast<int>(sizeof(Barriers));
@@ -122,7 +123,8 @@ __device__ __forceinline__ unsigned chosen(unsigned a, unsigned b) {
 }
 
 // Codes of matrix tiles i % 4 = 0..3, one in each byte, from the four subplanes.
-[[maybe_unused]] __device__ __forceinline__ void exchange_fields(const unsigned (&plane)[kMostSubs], unsigned (&codes)[4]) {
+[[maybe_unused]] __device__ __forceinline__ void exchange_fields(const unsigned (&plane)[kMostSubs],
+                                                                 unsigned (&codes)[4]) {
   constexpr unsigned kOdd = 0xcccccccc, kHigh = 0xf0f0f0f0;
   const unsigned even01 = chosen<kOdd>(plane[0] << 2, plane[1]), odd01 = chosen<kOdd>(plane[0], plane[1] >> 2);
   const unsigned even23 = chosen<kOdd>(plane[2] << 2, plane[3]), odd23 = chosen<kOdd>(plane[2], plane[3] >> 2);
@@ -158,19 +160,18 @@ struct Block {
   static __device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x) / 32; }
 
   __device__ __forceinline__ std::uint32_t codes_barrier(int i) const { return barriers() + 8 * i; }
-  __device__ __forceinline__ std::uint32_t input_barrier(int i) const { return codes_barrier(kBuffers + i); }
-  __device__ __forceinline__ std::uint32_t weights_barrier(int i) const { return input_barrier(kInputBuffers + i); }
+  __device__ __forceinline__ std::uint32_t input_barrier(int i) const { return codes_barrier(kCodeBuffers + i); }
+  __device__ __forceinline__ std::uint32_t weights_barrier(int i) const { return input_barrier(kBuffers + i); }
   __device__ __forceinline__ std::uint32_t multiplied_barrier(int i) const { return weights_barrier(kBuffers + i); }
   __device__ __forceinline__ std::uint32_t barriers() const { return address + Layout::kBarriers; }
 
   __device__ __forceinline__ void create_barriers() const {
-    constexpr int kWarps = kGroup / 32;
+    for (int i = 0; i < kCodeBuffers; ++i) arrival::create(codes_barrier(i), 1);
     for (int i = 0; i < kBuffers; ++i) {
-      arrival::create(codes_barrier(i), 1);
-      arrival::create(weights_barrier(i), kWarps);
-      arrival::create(multiplied_barrier(i), 2 * kWarps);
+      arrival::create(input_barrier(i), 1);
+      arrival::create(weights_barrier(i), kHalf / 32);
+      arrival::create(multiplied_barrier(i), kHalf / 32);
     }
-    for (int i = 0; i < kInputBuffers; ++i) arrival::create(input_barrier(i), 1);
     arrival::created();
   }
 
@@ -204,43 +205,32 @@ struct Block {
                   input_barrier(buffer));
   }
 
-  // A warpgroup's: all steps' weights.
+  // Half of the threads: all steps' weights.
   __device__ __forceinline__ void make_dense() const {
-    const bool copies = threadIdx.x % kGroup == 0;
-    if (copies) {
-      copy_codes(begin, 0);
-      copy_input(begin, 0);
-      copy_codes(begin + 1, 1);
-    }
     Turn<kBuffers> turn;
-    Turn<kInputBuffers> input;
+    Turn<kCodeBuffers> codes;
     for (int step = begin; step < end; ++step) {
       if (turn.round > 0) arrival::wait(multiplied_barrier(turn.buffer), turn.round - 1);
-      ptx::barrier(kDenseBarrier, kGroup);  // the codes of step - 1 are not needed any more
-      input.next();
-      if (copies) {
-        copy_codes(step + 2, (turn.buffer + 2) % kBuffers);
-        copy_input(step + 1, input.buffer);  // where step - 3 was, which has been multiplied
-      }
-      arrival::wait(codes_barrier(turn.buffer), turn.round);
-      store(step, turn.buffer);
+      arrival::wait(codes_barrier(codes.buffer), codes.round);
+      store(step, codes.buffer, turn.buffer);
       wgmma::publish();
       __syncwarp();
       if (lane() == 0) arrival::arrive(weights_barrier(turn.buffer));
       turn.next();
+      codes.next();
     }
   }
 
-  __device__ __forceinline__ void store(int step, int buffer) const {
+  __device__ __forceinline__ void store(int step, int code_buffer, int buffer) const {
     const auto& factors = *reinterpret_cast<const Factors<Number>*>(shared + Layout::kFactors);
     const unsigned number = factors.number;
-    const int thread = static_cast<int>(threadIdx.x) % kGroup, channel = thread / 8, group = thread % 8;
-    const std::uint8_t* from = shared + Layout::kCodes + buffer * kCodeBytes;
+    const int thread = static_cast<int>(threadIdx.x) % kHalf, channel = thread / 8, group = thread % 8;
+    const std::uint8_t* from = shared + Layout::kCodes + code_buffer * kCodeBytes;
     std::uint8_t* to = shared + buffer * kWeightBytes + channel * kRowBytes + 16 * wgmma::chunk_of(channel, group);
     const bool all = (step + 1) * kChannels <= a.channels[kMostSubs - 1];
 #pragma unroll
     for (int p = 0; p < kPieces; ++p) {
-      const int c = channel + p * (kGroup / 8);
+      const int c = channel + p * (kHalf / 8);
       uint2 codes[kMostSubs];
 #pragma unroll
       for (int s = 0; s < kMostSubs; ++s) {
@@ -264,7 +254,7 @@ struct Block {
 #pragma unroll
         for (int s = 0; s < kMostSubs; ++s) plane[s] = word == 0 ? codes[s].x : codes[s].y;
         exchange_fields(plane, whole);
-        std::uint8_t* at = to + p * (kGroup / 8) * kRowBytes + 2 * word * kBlockBytes;
+        std::uint8_t* at = to + p * (kHalf / 8) * kRowBytes + 2 * word * kBlockBytes;
         dense<0>(whole, __hmul2(Math::pair(scale[2 * word]), gain), half_step, number, at);
         dense<1>(whole, __hmul2(Math::pair(scale[2 * word + 1]), gain), half_step, number, at + kBlockBytes);
       }
@@ -295,19 +285,23 @@ struct Block {
     *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(weights);
   }
 
-  // A warpgroup's: the sums of two blocks of outputs with all rows.
+  // The other half, each warpgroup: the sums of two blocks of outputs with all rows.
   __device__ __forceinline__ void multiply(float (&sums)[2][kRows / 2]) const {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) sums[i / (kRows / 2)][i % (kRows / 2)] = 0.0f;  // a slice may have no steps
     const std::uint32_t half = static_cast<std::uint32_t>(warp()) / 4 * (2 * kBlockBytes);
-    Turn<kBuffers> turn;
-    Turn<kInputBuffers> input;
-    int before = 0;
+    const bool copies = threadIdx.x == 0;
+    if (copies) {
+      for (int i = 0; i < kCodeBuffers; ++i) copy_codes(begin + i, i);
+      for (int i = 0; i < kBuffers - 1; ++i) copy_input(begin + i, i);
+    }
+    Turn<kBuffers> turn, before;
+    Turn<kCodeBuffers> codes;
     for (int step = begin; step < end; ++step) {
-      arrival::wait(input_barrier(input.buffer), input.round);
+      arrival::wait(input_barrier(turn.buffer), turn.round);
       arrival::wait(weights_barrier(turn.buffer), turn.round);
       const std::uint64_t weights = wgmma::operand(address + turn.buffer * kWeightBytes + half);
-      const std::uint64_t x = wgmma::operand(address + Layout::kInput + input.buffer * Layout::kInputBytes);
+      const std::uint64_t x = wgmma::operand(address + Layout::kInput + turn.buffer * Layout::kInputBytes);
       wgmma::begin();
 #pragma unroll
       for (int part = 0; part < kChannels / 16; ++part) {
@@ -318,11 +312,17 @@ struct Block {
         }
       }
       wgmma::commit();
+      if (copies) copy_codes(step + kCodeBuffers, codes.buffer);  // where this step's were
       wgmma::wait<1>();
-      if (step > begin && lane() == 0) arrival::arrive(multiplied_barrier(before));
-      before = turn.buffer;
+      if (step > begin && lane() == 0) arrival::arrive(multiplied_barrier(before.buffer));
+      if (copies) {
+        if (step > begin && step + kBuffers - 1 < end) arrival::wait(multiplied_barrier(before.buffer), before.round);
+        copy_input(step + kBuffers - 1, (turn.buffer + kBuffers - 1) % kBuffers);  // where step - 1 was
+      }
+      __syncwarp();
+      before = turn;
       turn.next();
-      input.next();
+      codes.next();
     }
     wgmma::wait<0>();
 #pragma unroll
@@ -358,8 +358,8 @@ struct Block {
 #pragma unroll 2
     for (int row = first + warp(); row < last; row += kThreads / 32) {
       // Output 8 (lane % 8) + i of block lane / 8 is row 8 i + lane % 8 of its product.
-      float* own = reinterpret_cast<float*>(shared) + row * Layout::kStagedRow + lane() / 8 * Layout::kStagedBlock +
-                   lane() % 8;
+      float* own =
+          reinterpret_cast<float*>(shared) + row * Layout::kStagedRow + lane() / 8 * Layout::kStagedBlock + lane() % 8;
       float sum[8];
       if (a.slices == 1) {
 #pragma unroll
@@ -430,14 +430,16 @@ __global__ void __launch_bounds__(kThreads, 1) product_kernel(const __grid_const
       a, shared, ptx::shared_address(shared), cut / a.row_tiles, cut % a.row_tiles, begin, min(begin + each, a.steps)};
   const float deepest = a.gain[a.planes - 1], reference = deepest == 0.0f ? 1.0f : deepest;
   make_factors(a, reinterpret_cast<Factors<Number>*>(shared + Layout::kFactors), reference);
-  if (threadIdx.x == kGroup) block.create_barriers();
+  if (threadIdx.x == 0) block.create_barriers();
   __syncthreads();
 
   const auto cluster = cooperative_groups::this_cluster();
-  if (block.warp() >= 2 * kGroup / 32) {
+  if (threadIdx.x >= kHalf) {
+    if (kRows == 128) wgmma::give_registers<kDenseRegisters>();
     block.make_dense();
     __syncthreads();  // all products have ended
   } else {
+    if (kRows == 128) wgmma::take_registers<kMultiplyRegisters>();
     float sums[2][kRows / 2];
     block.multiply(sums);
     __syncthreads();

@@ -14,17 +14,20 @@ namespace grinqh::cuda {
 // How a product is cut into blocks, each of which takes a tile of outputs, some rows and a slice of the channels.
 struct ProductPlan {
   int rows = 64;   // of a block: 64 or 128
-  int slices = 1;  // of the channels: 1, 2, 4 or 8. Their blocks form a cluster, which adds them up.
+  int slices = 1;  // of the channels: 1, 2 or 4. Their blocks form a cluster, which adds them up.
 };
 
-inline constexpr int kProductChannels = 64;            // a block's step
+// For more rows, making the weights dense once and cuBLAS are faster on an H100 (docs/kernel-notes.md, Prompts).
+inline constexpr std::int64_t kMostProductRows = 512;
+
+inline constexpr int kProductChannels = 64;             // a block's step
 inline constexpr std::int64_t kMostProductK = 1 << 16;  // a scale, which is at most K^1/2, times 128 fits float16
 
 constexpr std::int64_t product_steps(std::int64_t k) { return (k + kProductChannels - 1) / kProductChannels; }
 
-// x as the kernel takes it: columns in the order of the stored channels, 0 beyond the last, in groups of eight. For each
-// tile of `rows` rows and each step of 64 columns, row after row the step's eight groups, exchanged as matrix products
-// have them (wgmma.cuh). Where eight columns of a row begin; rows beyond the last may hold anything.
+// x as the kernel takes it: columns in the order of the stored channels, 0 beyond the last, in groups of eight. For
+// each tile of `rows` rows and each step of 64 columns, row after row the step's eight groups, exchanged as matrix
+// products have them (wgmma.cuh). Where eight columns of a row begin; rows beyond the last may hold anything.
 GRINQH_HOST_DEVICE constexpr std::int64_t product_input(std::int64_t row, std::int64_t group, std::int64_t steps,
                                                         int rows) {
   const std::int64_t block = row / rows * steps + group / 8, in_block = row % rows;
@@ -34,24 +37,26 @@ constexpr std::int64_t product_input_size(std::int64_t m, std::int64_t k, int ro
   return (m + rows - 1) / rows * rows * product_steps(k) * kProductChannels;
 }
 
-// Whether there is a kernel for a layer: planes of 2 bits and more, blocks that whole matrix tiles share, and 16-bit x.
+// Whether the kernel takes a layer: planes of 2 bits and more, blocks that whole matrix tiles share, 16-bit x.
 constexpr bool has_product(const PackedWeight& weight, Dtype dtype) {
   bool two_bits = true;
   for (int p = 0; p < weight.widths.count; ++p) two_bits = two_bits && weight.widths.width[p] > 1;
   const bool whole_copies = weight.k * blocks_per_tile(static_cast<int>(weight.block)) % 8 == 0;  // of 16 bytes
-  return two_bits && weight.block >= 64 && whole_copies && weight.k > 0 && weight.k <= kMostProductK && dtype != Dtype::f32;
+  return two_bits && weight.block >= 64 && whole_copies && weight.k > 0 && weight.k <= kMostProductK &&
+         dtype != Dtype::f32;
 }
 
-// The fewest turns of the GPU, each with some steps for its beginning and end.
+// The fewest turns of the GPU, each with some steps for its beginning and end. Clusters of four do not fit everywhere.
 constexpr ProductPlan plan_product(std::int64_t n, std::int64_t k, std::int64_t m, int multiprocessors) {
   constexpr std::int64_t kFixedSteps = 6, kLeastSteps = 4;
   ProductPlan plan;
   plan.rows = m <= 64 ? 64 : 128;
   const std::int64_t tiles = tile_count(n) * ((m + plan.rows - 1) / plan.rows), steps = product_steps(k);
   std::int64_t least = 0;
-  for (int slices = 1; slices <= 8; slices *= 2) {
+  for (int slices = 1; slices <= 4; slices *= 2) {
     const std::int64_t each = (steps + slices - 1) / slices;
-    const std::int64_t turns = (tiles * slices + multiprocessors - 1) / multiprocessors;
+    const int fitting = std::max(slices == 4 ? multiprocessors * 10 / 11 : multiprocessors, 1);
+    const std::int64_t turns = (tiles * slices + fitting - 1) / fitting;
     const std::int64_t cost = turns * (each + kFixedSteps + (slices > 1 ? slices : 0));
     if (slices > 1 && (each < kLeastSteps || cost >= least)) continue;
     least = cost;

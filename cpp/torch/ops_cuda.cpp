@@ -2,7 +2,6 @@
 // makes them at load time, `unpack_tiles` gives the canonical ones back.
 
 #include <algorithm>
-#include <cstdlib>
 
 #include "counters.h"
 #include "cuda_common.h"
@@ -249,8 +248,9 @@ Tensor linear_in_full(const char* op, const Tensor& x, const LayerArguments& lay
   cuda::Gpu gpu;
   bool overlap = false;
   throw_if_error(op, cuda::current_gpu(&gpu, &overlap));
-  if (!cuda::has_product(weight, dtype) || !cuda::product_runs_on(gpu) || getenv("NOPROD")) {
-    const Tensor y = dense_linear(transform.nothing() ? x : transformed(op, x, transform, weight.k), weight, layer.bias);
+  if (rows.count > cuda::kMostProductRows || !cuda::has_product(weight, dtype) || !cuda::product_runs_on(gpu)) {
+    const Tensor y =
+        dense_linear(transform.nothing() ? x : transformed(op, x, transform, weight.k), weight, layer.bias);
     if (!residual.has_value()) return y;
     check_residual(op, *residual, y);
     return torch::stable::subtract(y, *residual, -1.0);
