@@ -34,9 +34,10 @@ constexpr int kPieces = kChannels * 8 / kHalf;        // of codes, that a thread
 constexpr int kRunBytes = kChannels * run_bytes(2);   // of one subplane in a step
 constexpr int kScaleBytes = kChannels * kBlocks * 2;  // at most
 constexpr int kCodeBytes = kMostSubs * kRunBytes + kScaleBytes;
-constexpr int kBlockBytes = kBlockRows * kRowBytes;            // weights of one product's outputs in a step
-constexpr int kWeightBytes = kBlocks * kBlockBytes;            // of all
-constexpr int kBuffers = 3, kCodeBuffers = 4;                  // of weights and x; of codes
+constexpr int kBlockBytes = kBlockRows * kRowBytes;  // weights of one product's outputs in a step
+constexpr int kWeightBytes = kBlocks * kBlockBytes;  // of all
+constexpr int kBuffers = 3, kCodeBuffers = 4;        // of weights and x; of codes
+constexpr int kEndBarrier = 1;
 constexpr int kMultiplyRegisters = 160, kDenseRegisters = 96;  // of 128 that each thread begins with
 
 struct ProductArgs {
@@ -169,7 +170,7 @@ struct Block {
     for (int i = 0; i < kCodeBuffers; ++i) arrival::create(codes_barrier(i), 1);
     for (int i = 0; i < kBuffers; ++i) {
       arrival::create(input_barrier(i), 1);
-      arrival::create(weights_barrier(i), kHalf / 32);
+      arrival::create(weights_barrier(i), kHalf);
       arrival::create(multiplied_barrier(i), kHalf / 32);
     }
     arrival::created();
@@ -214,8 +215,7 @@ struct Block {
       arrival::wait(codes_barrier(codes.buffer), codes.round);
       store(step, codes.buffer, turn.buffer);
       wgmma::publish();
-      __syncwarp();
-      if (lane() == 0) arrival::arrive(weights_barrier(turn.buffer));
+      arrival::arrive(weights_barrier(turn.buffer));
       turn.next();
       codes.next();
     }
@@ -437,12 +437,11 @@ __global__ void __launch_bounds__(kThreads, 1) product_kernel(const __grid_const
   if (threadIdx.x >= kHalf) {
     if (kRows == 128) wgmma::give_registers<kDenseRegisters>();
     block.make_dense();
-    __syncthreads();  // all products have ended
   } else {
     if (kRows == 128) wgmma::take_registers<kMultiplyRegisters>();
     float sums[2][kRows / 2];
     block.multiply(sums);
-    __syncthreads();
+    ptx::barrier(kEndBarrier, kHalf);  // all products have ended, and with them what makes their weights
     block.stage(sums);
   }
   a.slices == 1 ? __syncthreads() : cluster.sync();
