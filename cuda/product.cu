@@ -12,13 +12,14 @@
 //          in the type of x, where q - 128 is exact. Outputs of one block of 64 are the rows of a product; the one
 //          of matrix tile i and half h of the four tiles in the block becomes row 8 g + 2 (i % 4) + h, so that a
 //          thread's eight lie together.
-#include <cooperative_groups.h>
-
 #include "arrival.cuh"
 #include "device.cuh"
 #include "product.h"
 #include "ptx.h"
 #include "wgmma.cuh"
+
+// On other architectures nothing is left of the kernel, and nobody refers to what it consists of.
+#pragma nv_diag_suppress 177
 
 namespace grinqh::cuda {
 namespace {
@@ -124,8 +125,7 @@ __device__ __forceinline__ unsigned chosen(unsigned a, unsigned b) {
 }
 
 // Codes of matrix tiles i % 4 = 0..3, one in each byte, from the four subplanes.
-[[maybe_unused]] __device__ __forceinline__ void exchange_fields(const unsigned (&plane)[kMostSubs],
-                                                                 unsigned (&codes)[4]) {
+__device__ __forceinline__ void exchange_fields(const unsigned (&plane)[kMostSubs], unsigned (&codes)[4]) {
   constexpr unsigned kOdd = 0xcccccccc, kHigh = 0xf0f0f0f0;
   const unsigned even01 = chosen<kOdd>(plane[0] << 2, plane[1]), odd01 = chosen<kOdd>(plane[0], plane[1] >> 2);
   const unsigned even23 = chosen<kOdd>(plane[2] << 2, plane[3]), odd23 = chosen<kOdd>(plane[2], plane[3] >> 2);
@@ -342,7 +342,7 @@ struct Block {
   }
 
   // The cluster's blocks share the rows out; each thread has eight outputs side by side.
-  __device__ __forceinline__ void finish(const cooperative_groups::cluster_group& cluster, float reference) const {
+  __device__ __forceinline__ void finish(float reference) const {
     const std::int64_t output = tile * kTile + 8 * lane();
     const int count = static_cast<int>(a.n - output < 8 ? a.n - output : 8);
     if (count <= 0) return;
@@ -353,7 +353,7 @@ struct Block {
       bias[i] = a.bias != nullptr && i < count ? load_number(a.bias, output + i, a.dtype) : 0.0f;
     }
     const std::int64_t first_row = row_tile * kRows, left = a.m - first_row;
-    const int share = kRows / a.slices, first = a.slices == 1 ? 0 : static_cast<int>(cluster.block_rank()) * share;
+    const int share = kRows / a.slices, first = static_cast<int>(blockIdx.x % a.slices) * share;
     const int last = static_cast<int>(left < first + share ? left : first + share);
 #pragma unroll 2
     for (int row = first + warp(); row < last; row += kThreads / 32) {
@@ -365,7 +365,7 @@ struct Block {
 #pragma unroll
         for (int i = 0; i < 8; ++i) sum[i] = own[8 * i];
       } else {
-        add_up(cluster, own, sum);
+        add_up(ptx::shared_address(own), sum);
       }
 #pragma unroll
       for (int i = 0; i < 8; ++i) sum[i] = fmaf(sum[i], factor[i], bias[i]);
@@ -373,14 +373,14 @@ struct Block {
     }
   }
 
-  __device__ __forceinline__ void add_up(const cooperative_groups::cluster_group& cluster, float* own,
-                                         float (&sum)[8]) const {
+  // The sums of all slices, in their order.
+  __device__ __forceinline__ void add_up(std::uint32_t own, float (&sum)[8]) const {
 #pragma unroll
     for (int i = 0; i < 8; ++i) sum[i] = 0.0f;
     for (int slice = 0; slice < a.slices; ++slice) {
-      const float* from = cluster.map_shared_rank(own, static_cast<unsigned>(slice));
+      const std::uint32_t from = ptx::of_cluster_block(own, static_cast<unsigned>(slice));
 #pragma unroll
-      for (int i = 0; i < 8; ++i) sum[i] += from[8 * i];
+      for (int i = 0; i < 8; ++i) sum[i] += ptx::load_cluster(from + 8 * i * static_cast<unsigned>(sizeof(float)));
     }
   }
 
@@ -420,7 +420,7 @@ __device__ __forceinline__ void make_factors(const ProductArgs& a, Factors<Numbe
 
 template <class Number, int kRows>
 __global__ void __launch_bounds__(kThreads, 1) product_kernel(const __grid_constant__ ProductArgs a) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)  // nothing runs it elsewhere (product_runs_on)
   using Layout = Shared<Number, kRows>;
   extern __shared__ std::uint8_t dynamic[];
   std::uint8_t* shared = dynamic + (1024 - ptx::shared_address(dynamic) % 1024) % 1024;
@@ -433,7 +433,6 @@ __global__ void __launch_bounds__(kThreads, 1) product_kernel(const __grid_const
   if (threadIdx.x == 0) block.create_barriers();
   __syncthreads();
 
-  const auto cluster = cooperative_groups::this_cluster();
   if (threadIdx.x >= kHalf) {
     if (kRows == 128) wgmma::give_registers<kDenseRegisters>();
     block.make_dense();
@@ -444,9 +443,9 @@ __global__ void __launch_bounds__(kThreads, 1) product_kernel(const __grid_const
     ptx::barrier(kEndBarrier, kHalf);  // all products have ended, and with them what makes their weights
     block.stage(sums);
   }
-  a.slices == 1 ? __syncthreads() : cluster.sync();
-  block.finish(cluster, reference / 128);
-  if (a.slices > 1) cluster.sync();  // no block ends while others read its sums
+  a.slices == 1 ? __syncthreads() : ptx::cluster_barrier();
+  block.finish(reference / 128);
+  if (a.slices > 1) ptx::cluster_barrier();  // no block ends while others read its sums
 #endif
 }
 

@@ -88,6 +88,22 @@ __device__ __forceinline__ void barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Blocks of a cluster (sm_90): a barrier of all their threads, an address in the shared memory of another block, and a
+// load from there.
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
+}
+__device__ __forceinline__ std::uint32_t of_cluster_block(std::uint32_t address, std::uint32_t rank) {
+  std::uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+__device__ __forceinline__ float load_cluster(std::uint32_t address) {
+  float value;
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
+
 // Programmatic dependent launch: let the next kernel of the stream start, and wait for the previous
 // one's results. No effect where the launch did not ask for it, or before sm_90.
 __device__ __forceinline__ void launch_dependents() {
