@@ -14,8 +14,8 @@ namespace grinqh::cuda {
 struct PrepareParams {
   const void* x;  // [m][k], or [m][2k] where it is gated
   std::int64_t m, k;
-  std::int64_t x_stride;  // elements from row to row
-  Dtype dtype;            // of x, the norm's weight and out
+  std::int64_t x_stride;     // elements from row to row
+  Dtype dtype;               // of x, the norm's weight and out
   InputTransform transform;  // may be nothing with an order
   // [k], or null. With it x has 16 bits and k is at most kMostProductK, and out is x as `product` takes it (product.h),
   // column c of feature order[c].
