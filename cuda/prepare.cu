@@ -2,6 +2,7 @@
 #include "input.cuh"
 #include "kernels.h"
 #include "product.h"
+#include "ptx.h"
 
 namespace grinqh::cuda {
 namespace {
@@ -77,6 +78,7 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const PrepareParams p
   extern __shared__ uint4 row[];  // where the outputs are put into order
   __shared__ float groups[kNormGroups];
   const bool ordered = p.order != nullptr;
+  if (ordered) ptx::launch_dependents();  // the product begins with the codes
   const std::int64_t first = blockIdx.x * p.x_stride, to = blockIdx.x * p.k;
   const int k = static_cast<int>(p.k);
   float factor = 1;

@@ -293,6 +293,7 @@ struct Block {
     const bool copies = threadIdx.x == 0;
     if (copies) {
       for (int i = 0; i < kCodeBuffers; ++i) copy_codes(begin + i, i);
+      ptx::wait_for_previous_kernel();  // which makes x; everything else was there before it
       for (int i = 0; i < kBuffers - 1; ++i) copy_input(begin + i, i);
     }
     Turn<kBuffers> turn, before;
@@ -456,17 +457,19 @@ Status launch(const ProductArgs& args, std::int64_t blocks, cudaStream_t stream)
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes) != cudaSuccess) {
     return launched("product");
   }
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = static_cast<unsigned>(args.slices);
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = static_cast<unsigned>(args.slices);
+  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = kBytes;
   config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = 2;
   cudaLaunchKernelEx(&config, kernel, args);
   return launched("product");
 }
