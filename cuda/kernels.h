@@ -21,6 +21,7 @@ struct PrepareParams {
   // column c of feature order[c].
   const std::int32_t* order;
   int tile_rows;  // with an order
+  bool overlap;   // let the launch overlap the previous kernel's end: sm_90 or later
   void* out;      // [m][k], or product_input_size elements
 };
 Status prepare(const PrepareParams& params, cudaStream_t stream);

@@ -79,6 +79,7 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const PrepareParams p
   __shared__ float groups[kNormGroups];
   const bool ordered = p.order != nullptr;
   if (ordered) ptx::launch_dependents();  // the product begins with the codes
+  ptx::wait_for_previous_kernel();
   const std::int64_t first = blockIdx.x * p.x_stride, to = blockIdx.x * p.k;
   const int k = static_cast<int>(p.k);
   float factor = 1;
@@ -117,7 +118,17 @@ Status prepare(const PrepareParams& params, cudaStream_t stream) {
   const auto kernel = is_aligned(params) ? prepare_kernel<kTogether> : prepare_kernel<1>;
   const int shared = ordered ? static_cast<int>(params.k) * 2 : 0;
   if (shared > 0) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  kernel<<<static_cast<unsigned>(params.m), kThreads, shared, stream>>>(params);
+  cudaLaunchAttribute overlap;
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(params.m));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = static_cast<std::size_t>(shared);
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = params.overlap ? 1 : 0;
+  cudaLaunchKernelEx(&config, kernel, params);
   return launched("prepare");
 }
 

@@ -12,6 +12,9 @@
 //          in the type of x, where q - 128 is exact. Outputs of one block of 64 are the rows of a product; the one
 //          of matrix tile i and half h of the four tiles in the block becomes row 8 g + 2 (i % 4) + h, so that a
 //          thread's eight lie together.
+#include <algorithm>
+#include <atomic>
+
 #include "arrival.cuh"
 #include "device.cuh"
 #include "product.h"
@@ -37,7 +40,7 @@ constexpr int kScaleBytes = kChannels * kBlocks * 2;  // at most
 constexpr int kCodeBytes = kMostSubs * kRunBytes + kScaleBytes;
 constexpr int kBlockBytes = kBlockRows * kRowBytes;  // weights of one product's outputs in a step
 constexpr int kWeightBytes = kBlocks * kBlockBytes;  // of all
-constexpr int kBuffers = 3, kCodeBuffers = 4;        // of weights and x; of codes
+constexpr int kBuffers = 3;                          // of weights
 constexpr int kEndBarrier = 1;
 constexpr int kMultiplyRegisters = 160, kDenseRegisters = 96;  // of 128 that each thread begins with
 
@@ -51,6 +54,7 @@ struct ProductArgs {
   const float* gain;
   int k, steps, blocks;  // blocks with a scale in a tile: 2 or 4
   int slices, row_tiles;
+  int whole;  // tiles
   std::int64_t n, m;
   const void *x, *bias, *residual;
   void* y;
@@ -97,23 +101,25 @@ struct Factors {
   unsigned number;  // kNumber, where the assembler does not see that it is constant and spends its moves on others
 };
 
-struct Barriers {
-  std::uint64_t codes[kCodeBuffers], input[kBuffers];  // copied
-  std::uint64_t weights[kBuffers];                     // dense, so that their codes are not needed any more
-  std::uint64_t multiplied[kBuffers];                  // so that weights and x are not
-};
-
 template <class Number, int kRows>
 struct Shared {
+  // Copies of x arrive some steps after they were asked for, even from L2; the room for more of them is that of codes.
+  static constexpr int kInputBuffers = kRows == 64 ? 6 : 4, kCodeBuffers = kRows == 64 ? 4 : 3;
+  struct Barriers {
+    std::uint64_t codes[kCodeBuffers], input[kInputBuffers];  // copied
+    std::uint64_t weights[kBuffers];                          // dense, so that their codes are not needed any more
+    std::uint64_t multiplied[kBuffers];                       // so that weights and x are not
+  };
   static constexpr int kInputBytes = kRows * kRowBytes;
   static constexpr int kStagedBlock = kBlockRows + 8, kStagedRow = kBlocks * kStagedBlock + 4;  // floats; no conflicts
   static constexpr int kInput = kBuffers * kWeightBytes;
-  static constexpr int kCodes = kInput + kBuffers * kInputBytes;
+  static constexpr int kCodes = kInput + kInputBuffers * kInputBytes;
   static constexpr int kOperands = kCodes + kCodeBuffers * kCodeBytes;
   static constexpr int kStaged = kRows * kStagedRow * static_cast<int>(sizeof(float));
   static constexpr int kBarriers = kOperands > kStaged ? kOperands : kStaged;
   static constexpr int kFactors = kBarriers + static_cast<int>(sizeof(Barriers));
   static constexpr int kBytes = kFactors + static_cast<int>(sizeof(Factors<Number>)) + 1024;  // to begin aligned
+  static_assert(kBytes <= 227 * 1024);
 };
 
 // The bits of a where kFrom has ones, else those of b; the compiler would take two instructions.
@@ -151,25 +157,28 @@ struct Block {
   using Math = Arithmetic<Number>;
   using Pair = typename Math::Pair;
 
+  static constexpr int kCodeBuffers = Layout::kCodeBuffers, kInputBuffers = Layout::kInputBuffers;
+
   const ProductArgs& a;
   std::uint8_t* shared;
   std::uint32_t address;  // of `shared`
   std::int64_t tile, row_tile;
-  int begin, end;  // steps
+  int slice, slices;  // of the tile's channels
+  int begin, end;     // steps
 
   static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % 32; }
   static __device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x) / 32; }
 
   __device__ __forceinline__ std::uint32_t codes_barrier(int i) const { return barriers() + 8 * i; }
   __device__ __forceinline__ std::uint32_t input_barrier(int i) const { return codes_barrier(kCodeBuffers + i); }
-  __device__ __forceinline__ std::uint32_t weights_barrier(int i) const { return input_barrier(kBuffers + i); }
+  __device__ __forceinline__ std::uint32_t weights_barrier(int i) const { return input_barrier(kInputBuffers + i); }
   __device__ __forceinline__ std::uint32_t multiplied_barrier(int i) const { return weights_barrier(kBuffers + i); }
   __device__ __forceinline__ std::uint32_t barriers() const { return address + Layout::kBarriers; }
 
   __device__ __forceinline__ void create_barriers() const {
     for (int i = 0; i < kCodeBuffers; ++i) arrival::create(codes_barrier(i), 1);
+    for (int i = 0; i < kInputBuffers; ++i) arrival::create(input_barrier(i), 1);
     for (int i = 0; i < kBuffers; ++i) {
-      arrival::create(input_barrier(i), 1);
       arrival::create(weights_barrier(i), kHalf);
       arrival::create(multiplied_barrier(i), kHalf / 32);
     }
@@ -294,15 +303,16 @@ struct Block {
     if (copies) {
       for (int i = 0; i < kCodeBuffers; ++i) copy_codes(begin + i, i);
       ptx::wait_for_previous_kernel();  // which makes x; everything else was there before it
-      for (int i = 0; i < kBuffers - 1; ++i) copy_input(begin + i, i);
+      for (int i = 0; i < kInputBuffers; ++i) copy_input(begin + i, i);
     }
     Turn<kBuffers> turn, before;
+    Turn<kInputBuffers> input, input_before;
     Turn<kCodeBuffers> codes;
     for (int step = begin; step < end; ++step) {
-      arrival::wait(input_barrier(turn.buffer), turn.round);
+      arrival::wait(input_barrier(input.buffer), input.round);
       arrival::wait(weights_barrier(turn.buffer), turn.round);
       const std::uint64_t weights = wgmma::operand(address + turn.buffer * kWeightBytes + half);
-      const std::uint64_t x = wgmma::operand(address + Layout::kInput + turn.buffer * Layout::kInputBytes);
+      const std::uint64_t x = wgmma::operand(address + Layout::kInput + input.buffer * Layout::kInputBytes);
       wgmma::begin();
 #pragma unroll
       for (int part = 0; part < kChannels / 16; ++part) {
@@ -316,13 +326,16 @@ struct Block {
       if (copies) copy_codes(step + kCodeBuffers, codes.buffer);  // where this step's were
       wgmma::wait<1>();
       if (step > begin && lane() == 0) arrival::arrive(multiplied_barrier(before.buffer));
-      if (copies) {
-        if (step > begin && step + kBuffers - 1 < end) arrival::wait(multiplied_barrier(before.buffer), before.round);
-        copy_input(step + kBuffers - 1, (turn.buffer + kBuffers - 1) % kBuffers);  // where step - 1 was
+      const int next_input = step - 1 + kInputBuffers;
+      if (copies && step > begin && next_input < end) {
+        arrival::wait(multiplied_barrier(before.buffer), before.round);
+        copy_input(next_input, input_before.buffer);  // where that of step - 1 was
       }
       __syncwarp();
       before = turn;
+      input_before = input;
       turn.next();
+      input.next();
       codes.next();
     }
     wgmma::wait<0>();
@@ -354,15 +367,15 @@ struct Block {
       bias[i] = a.bias != nullptr && i < count ? load_number(a.bias, output + i, a.dtype) : 0.0f;
     }
     const std::int64_t first_row = row_tile * kRows, left = a.m - first_row;
-    const int share = kRows / a.slices, first = static_cast<int>(blockIdx.x % a.slices) * share;
-    const int last = static_cast<int>(left < first + share ? left : first + share);
+    const int share = (kRows + slices - 1) / slices, first = slice * share;
+    const int last = static_cast<int>(std::min<std::int64_t>(left, min(first + share, kRows)));
 #pragma unroll 2
     for (int row = first + warp(); row < last; row += kThreads / 32) {
       // Output 8 (lane % 8) + i of block lane / 8 is row 8 i + lane % 8 of its product.
       float* own =
           reinterpret_cast<float*>(shared) + row * Layout::kStagedRow + lane() / 8 * Layout::kStagedBlock + lane() % 8;
       float sum[8];
-      if (a.slices == 1) {
+      if (slices == 1) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) sum[i] = own[8 * i];
       } else {
@@ -378,10 +391,10 @@ struct Block {
   __device__ __forceinline__ void add_up(std::uint32_t own, float (&sum)[8]) const {
 #pragma unroll
     for (int i = 0; i < 8; ++i) sum[i] = 0.0f;
-    for (int slice = 0; slice < a.slices; ++slice) {
-      const std::uint32_t from = ptx::of_cluster_block(own, static_cast<unsigned>(slice));
+    for (int i = 0; i < slices; ++i) {
+      const std::uint32_t from = ptx::of_cluster_block(own, static_cast<unsigned>(i));
 #pragma unroll
-      for (int i = 0; i < 8; ++i) sum[i] += ptx::load_cluster(from + 8 * i * static_cast<unsigned>(sizeof(float)));
+      for (int j = 0; j < 8; ++j) sum[j] += ptx::load_cluster(from + 8 * j * static_cast<unsigned>(sizeof(float)));
     }
   }
 
@@ -425,13 +438,17 @@ __global__ void __launch_bounds__(kThreads, 1) product_kernel(const __grid_const
   using Layout = Shared<Number, kRows>;
   extern __shared__ std::uint8_t dynamic[];
   std::uint8_t* shared = dynamic + (1024 - ptx::shared_address(dynamic) % 1024) % 1024;
-  const unsigned cut = blockIdx.x / a.slices;  // rows change first: the blocks of a tile read its codes together
-  const int each = (a.steps + a.slices - 1) / a.slices, begin = static_cast<int>(blockIdx.x % a.slices) * each;
+  const int index = static_cast<int>(blockIdx.x), cut = index - a.whole;
+  const int slices = cut < 0 ? 1 : a.slices, slice = cut < 0 ? 0 : cut % slices;
+  const int tile = cut < 0 ? index : a.whole + cut / slices;  // rows change first: they read its codes together
+  const int each = (a.steps + slices - 1) / slices, begin = slice * each;
   const Block<Number, kRows> block{
-      a, shared, ptx::shared_address(shared), cut / a.row_tiles, cut % a.row_tiles, begin, min(begin + each, a.steps)};
+      a,      shared, ptx::shared_address(shared), tile / a.row_tiles, tile % a.row_tiles, slice,
+      slices, begin,  min(begin + each, a.steps)};
   const float deepest = a.gain[a.planes - 1], reference = deepest == 0.0f ? 1.0f : deepest;
   make_factors(a, reinterpret_cast<Factors<Number>*>(shared + Layout::kFactors), reference);
   if (threadIdx.x == 0) block.create_barriers();
+  ptx::launch_dependents();  // their blocks fit where this kernel's have ended
   __syncthreads();
 
   if (threadIdx.x >= kHalf) {
@@ -444,33 +461,45 @@ __global__ void __launch_bounds__(kThreads, 1) product_kernel(const __grid_const
     ptx::barrier(kEndBarrier, kHalf);  // all products have ended, and with them what makes their weights
     block.stage(sums);
   }
-  a.slices == 1 ? __syncthreads() : ptx::cluster_barrier();
+  slices == 1 ? __syncthreads() : ptx::cluster_barrier();
   block.finish(reference / 128);
-  if (a.slices > 1) ptx::cluster_barrier();  // no block ends while others read its sums
+  if (slices > 1) ptx::cluster_barrier();  // no block ends while others read its sums
 #endif
 }
 
+// A launch of an instance: `slices` blocks form a cluster.
+template <class Number, int kRows>
+struct Launch {
+  static constexpr auto kKernel = product_kernel<Number, kRows>;
+  static constexpr int kBytes = Shared<Number, kRows>::kBytes;
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config{};
+
+  Launch(int slices, std::int64_t blocks, cudaStream_t stream) {
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim.x = static_cast<unsigned>(slices);
+    attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = kBytes;
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = 2;
+  }
+  static cudaError_t allow_shared_memory() {
+    return cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  }
+};
+
 template <class Number, int kRows>
 Status launch(const ProductArgs& args, std::int64_t blocks, cudaStream_t stream) {
-  constexpr int kBytes = Shared<Number, kRows>::kBytes;
-  const auto kernel = product_kernel<Number, kRows>;
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes) != cudaSuccess) {
-    return launched("product");
+  using Of = Launch<Number, kRows>;
+  if (Of::allow_shared_memory() == cudaSuccess) {
+    const Of of(args.slices, blocks, stream);
+    cudaLaunchKernelEx(&of.config, Of::kKernel, args);
   }
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim.x = static_cast<unsigned>(args.slices);
-  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kBytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  cudaLaunchKernelEx(&config, kernel, args);
   return launched("product");
 }
 
@@ -506,12 +535,34 @@ Status product(const ProductParams& params, cudaStream_t stream) {
   a.residual = params.residual;
   a.y = params.y;
   a.dtype = params.dtype;
-  const std::int64_t blocks = tile_count(w.n) * a.row_tiles * a.slices;
+  const std::int64_t tiles = tile_count(w.n) * a.row_tiles;
+  a.whole = static_cast<int>(params.plan.whole);
+  const std::int64_t blocks = a.whole + (tiles - a.whole) * a.slices;
   const bool half = params.dtype == Dtype::f16;
   if (params.plan.rows == 128) {
     return half ? launch<__half, 128>(a, blocks, stream) : launch<__nv_bfloat16, 128>(a, blocks, stream);
   }
   return half ? launch<__half, 64>(a, blocks, stream) : launch<__nv_bfloat16, 64>(a, blocks, stream);
+}
+
+Status product_room(ProductRoom* room) {
+  using Of = Launch<__half, 128>;  // every instance has a multiprocessor to itself
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices][kMostSlices + 1];
+  int device = 0;
+  cudaError_t failure = cudaGetDevice(&device);
+  for (int slices = 1; slices <= kMostSlices && failure == cudaSuccess; ++slices) {
+    std::atomic<int>& blocks = known[device % kDevices][slices];
+    if (blocks == 0) {
+      int clusters = 0;
+      const Of of(slices, slices, nullptr);
+      failure = Of::allow_shared_memory();
+      if (failure == cudaSuccess) failure = cudaOccupancyMaxActiveClusters(&clusters, Of::kKernel, &of.config);
+      if (failure == cudaSuccess) blocks = std::max(clusters, 1) * slices;
+    }
+    room->blocks[slices] = blocks;
+  }
+  return failure == cudaSuccess ? Status{} : error("grinqh product: %s", cudaGetErrorString(failure));
 }
 
 bool product_runs_on([[maybe_unused]] const Gpu& gpu) {

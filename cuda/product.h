@@ -11,10 +11,19 @@
 
 namespace grinqh::cuda {
 
-// How a product is cut into blocks, each of which takes a tile of outputs, some rows and a slice of the channels.
+// How a product is cut into blocks, each of which takes a tile of outputs, some rows and all channels or a slice of
+// them.
 struct ProductPlan {
-  int rows = 64;   // of a block: 64 or 128
-  int slices = 1;  // of the channels: 1, 2 or 4. Their blocks form a cluster, which adds them up.
+  int rows = 64;           // of a block: 64 or 128
+  int slices = 1;          // of the channels: up to kMostSlices. Their blocks form a cluster, which adds them up.
+  std::int64_t whole = 0;  // tiles before these that are not cut; a cluster takes `slices` of them
+};
+
+inline constexpr int kMostSlices = 8;
+
+// Blocks that run at once where they form clusters of so many: clusters do not use every multiprocessor.
+struct ProductRoom {
+  int blocks[kMostSlices + 1];  // of clusters of 1..kMostSlices
 };
 
 // For more rows, making the weights dense once and cuBLAS are faster on an H100 (docs/kernel-notes.md, Prompts).
@@ -46,21 +55,23 @@ constexpr bool has_product(const PackedWeight& weight, Dtype dtype) {
          dtype != Dtype::f32;
 }
 
-// The fewest turns of the GPU, each with some steps for its beginning and end. Clusters of four do not fit everywhere.
-constexpr ProductPlan plan_product(std::int64_t n, std::int64_t k, std::int64_t m, int multiprocessors) {
+// The least time, in steps: turns of the GPU with whole tiles, then the tiles that are left, in slices which fill the
+// last turn. Each turn has some steps for its beginning and end.
+constexpr ProductPlan plan_product(std::int64_t n, std::int64_t k, std::int64_t m, const ProductRoom& room) {
   constexpr std::int64_t kFixedSteps = 6, kLeastSteps = 4;
   ProductPlan plan;
   plan.rows = m <= 64 ? 64 : 128;
   const std::int64_t tiles = tile_count(n) * ((m + plan.rows - 1) / plan.rows), steps = product_steps(k);
   std::int64_t least = 0;
-  for (int slices = 1; slices <= 4; slices *= 2) {
-    const std::int64_t each = (steps + slices - 1) / slices;
-    const int fitting = std::max(slices == 4 ? multiprocessors * 10 / 11 : multiprocessors, 1);
-    const std::int64_t turns = (tiles * slices + fitting - 1) / fitting;
-    const std::int64_t cost = turns * (each + kFixedSteps + (slices > 1 ? slices : 0));
+  for (int slices = 1; slices <= kMostSlices; ++slices) {
+    const std::int64_t each = (steps + slices - 1) / slices, fitting = std::max(room.blocks[slices], slices);
+    const std::int64_t turns = tiles / fitting, cut = tiles % fitting * slices;
+    const std::int64_t cost = turns * (steps + kFixedSteps) +
+                              (cut + fitting - 1) / fitting * (each + kFixedSteps + (slices > 1 ? slices : 0));
     if (slices > 1 && (each < kLeastSteps || cost >= least)) continue;
     least = cost;
     plan.slices = slices;
+    plan.whole = turns * fitting;
   }
   return plan;
 }
@@ -80,5 +91,8 @@ Status product(const ProductParams& params, cudaStream_t stream);
 
 // Whether the kernel was built for this GPU.
 bool product_runs_on(const Gpu& gpu);
+
+// What the current GPU has room for; asked of it once.
+Status product_room(ProductRoom* room);
 
 }  // namespace grinqh::cuda

@@ -238,7 +238,7 @@ STABLE_TORCH_LIBRARY(grinqh, m) {
   m.def("gemv(Tensor x, " GRINQH_LAYER ") -> Tensor");
   m.def("gemv.out(Tensor x, " GRINQH_LAYER ", *, Tensor(a!) out) -> ()");
   m.def("gemv_read_bits(Tensor x, " GRINQH_LAYER ") -> (Tensor, Tensor)");
-  m.def("linear(Tensor x, " GRINQH_LAYER ", int max_graded_rows=16) -> Tensor");
+  m.def("linear(Tensor x, " GRINQH_LAYER ", int max_graded_rows=8) -> Tensor");
   m.def("prepare(Tensor x, Tensor? norm_weight=None, float norm_eps=0.0, bool gated=False) -> Tensor");
   m.def("fused_linear(Tensor x, " GRINQH_LAYER_ALL
         ", int max_graded_rows, Tensor? norm_weight=None, float norm_eps=0.0, bool gated=False, Tensor? "

@@ -263,10 +263,13 @@ Tensor linear_in_full(const char* op, const Tensor& x, const LayerArguments& lay
     added = residual->is_contiguous() ? *residual : torch::stable::contiguous(*residual);
     params.residual = added.const_data_ptr();
   }
-  params.plan = cuda::plan_product(weight.n, weight.k, rows.count, gpu.multiprocessors);
+  cuda::ProductRoom room{};
+  throw_if_error(op, cuda::product_room(&room));
+  params.plan = cuda::plan_product(weight.n, weight.k, rows.count, room);
   cuda::PrepareParams prepare = prepare_params(op, rows, transform, weight.k);
   prepare.order = weight.channel_order;
   prepare.tile_rows = params.plan.rows;
+  prepare.overlap = overlap;
   Tensor input = torch::stable::new_empty(x, {cuda::product_input_size(rows.count, weight.k, params.plan.rows)});
   prepare.out = input.mutable_data_ptr();
   throw_if_error(op, cuda::prepare(prepare, stream_of(x)));

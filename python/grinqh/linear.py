@@ -10,7 +10,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from grinqh import packing
-from grinqh.config import LayerFormat
+from grinqh.config import GRADED_ROWS, LayerFormat
 from grinqh.errors import InputError
 
 
@@ -47,7 +47,7 @@ class GrinqhLinear(nn.Module):
     # Whether it is only what one of several processes holds of a layer (grinqh.parallel).
     sharded = False
 
-    def __init__(self, tensors: Mapping[str, Tensor], format: LayerFormat, max_graded_rows: int = 16) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], format: LayerFormat, max_graded_rows: int = GRADED_ROWS) -> None:
         super().__init__()
         self.format = format
         self.in_features = tensors["channel_order"].shape[0]

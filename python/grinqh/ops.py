@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grinqh.config import GRADED_ROWS
+
 
 def _load() -> None:
     # Loading a second copy would register the ops twice, which ends the process.
@@ -155,10 +157,6 @@ def _dequantize_fake(
 # the grade that the forward read. One dense matmul for each grade that occurs.
 
 
-# The dispatcher leaves out trailing arguments that have their default values.
-DEFAULT_GRADED_ROWS = 16
-
-
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], max_graded_rows: int | None) -> None:
     x, planes, block_scale, row_scale, gain, order, channel_weight, thresholds, widths, block, *optional = inputs
     bias, budget = [*optional, None, None][:2]
@@ -172,7 +170,8 @@ def _save_gemv(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _save_for_backward(ctx, inputs[:12], inputs[12] if len(inputs) > 12 else DEFAULT_GRADED_ROWS)
+    # The dispatcher leaves out trailing arguments that have their default values.
+    _save_for_backward(ctx, inputs[:12], inputs[12] if len(inputs) > 12 else GRADED_ROWS)
 
 
 def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:

@@ -57,13 +57,33 @@ TEST(Product, EightRowsReadTheSameColumnsFromEightBanks) {
   EXPECT_EQ(chunks.size(), 8u);
 }
 
+// Of an H100 with 132 multiprocessors.
+constexpr ProductRoom kRoom = {{0, 132, 132, 117, 120, 110, 102, 105, 120}};
+
 TEST(Product, IsCutSoThatTheGpuIsFull) {
-  EXPECT_EQ(plan_product(28672, 4096, 512, 132).slices, 1);
-  EXPECT_EQ(plan_product(4096, 4096, 512, 132).slices, 2);  // 64 tiles
-  EXPECT_EQ(plan_product(4096, 14336, 17, 132).slices, 4);  // 16 tiles
-  EXPECT_EQ(plan_product(4096, 64, 17, 132).slices, 1);     // one step
-  EXPECT_EQ(plan_product(4096, 4096, 64, 132).rows, 64);
-  EXPECT_EQ(plan_product(4096, 4096, 65, 132).rows, 128);
+  EXPECT_EQ(plan_product(6144, 4096, 512, kRoom).slices, 1);  // 96 tiles
+  EXPECT_EQ(plan_product(4096, 4096, 512, kRoom).slices, 2);  // 64 tiles
+  EXPECT_EQ(plan_product(8192, 8192, 17, kRoom).slices, 3);   // 32 tiles
+  EXPECT_EQ(plan_product(4096, 14336, 17, kRoom).slices, 6);  // 16 tiles
+  EXPECT_EQ(plan_product(4096, 64, 17, kRoom).slices, 1);     // one step
+  EXPECT_EQ(plan_product(4096, 4096, 64, kRoom).rows, 64);
+  EXPECT_EQ(plan_product(4096, 4096, 65, kRoom).rows, 128);
+}
+
+TEST(Product, TilesOfFullTurnsAreWholeAndTheLastTurnIsCut) {
+  const ProductPlan plan = plan_product(28672, 4096, 512, kRoom);  // 448 tiles
+  EXPECT_EQ(plan.whole, 3 * 132);
+  EXPECT_EQ(plan.slices, 2);
+}
+
+TEST(Product, ClustersOfWholeTilesAreComplete) {
+  for (const ProductRoom& room : {kRoom, ProductRoom{{0, 1, 2, 3, 4, 5, 6, 7, 8}}, ProductRoom{}}) {
+    for (std::int64_t n = 256; n < 100'000; n += 4096 - 256) {
+      const ProductPlan plan = plan_product(n, 4096, 300, room);
+      EXPECT_EQ(plan.whole % plan.slices, 0);
+      EXPECT_LE(plan.whole, tile_count(n) * 3);
+    }
+  }
 }
 
 }  // namespace

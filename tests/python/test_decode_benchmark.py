@@ -31,7 +31,7 @@ def test_models_are_finite_and_the_same_every_time(modules: dict[str, Any], name
     config = models.model_config(name, tiny=True)
     ids = torch.arange(16)[None]
     with torch.no_grad():
-        first, again = (models.build_model(config, torch.float32, torch.device("cpu"))(ids).logits for _ in range(2))
+        first, again = (models.random_model(config, torch.float32, torch.device("cpu"))(ids).logits for _ in range(2))
     assert torch.isfinite(first).all()
     assert torch.equal(first, again)
 
@@ -47,7 +47,7 @@ def test_full_sized_models_have_eight_billion_parameters(modules: dict[str, Any]
 
 def test_a_step_with_the_static_cache_is_that_of_the_whole_sequence(modules: dict[str, Any]) -> None:
     decode, models = modules["decode"], modules["decode_models"]
-    model = models.build_model(models.model_config("llama3-8b", tiny=True), torch.float32, torch.device("cpu"))
+    model = models.build_model("llama3-8b", torch.float32, torch.device("cpu"), tiny=True)
     with torch.no_grad():
         step = decode.DecodeStep(model, 2)
         outputs = []
@@ -70,8 +70,7 @@ def test_every_method_decodes_with_the_attention_asked_for(modules: dict[str, An
         options = parse(["--tiny", "--batches", "1", "--prefill", "--attention", attention])
         built: list[Any] = []
         method = dataclasses.replace(modules["decode_methods"].METHODS[0], convert=built.append)
-        config = modules["decode_models"].model_config("qwen3-8b", tiny=True)
-        next(decode.measure(config, method, torch.device("cpu"), options))
+        next(decode.measure("qwen3-8b", method, torch.device("cpu"), options))
         names.add(built[0].config._attn_implementation)
     assert names == {"sdpa", "grinqh_grouped"}
     assert parse([]).attention == "grouped"

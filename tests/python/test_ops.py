@@ -12,6 +12,7 @@ from layers import EQUAL, FINE, INF, OPS, Layer, make_layer
 from torch import Tensor
 
 import grinqh  # noqa: F401  registers the ops
+from grinqh.config import GRADED_ROWS
 
 LAYOUTS = [FINE, EQUAL, (8,), (4, 4), (1,) * 8, (2, 2)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -292,20 +293,23 @@ def test_backward_is_that_of_the_weights_that_were_read(op: str) -> None:
 
 
 def test_backward_knows_the_defaults_of_arguments_left_out() -> None:
+    (default,) = [a.default_value for a in OPS.linear.default._schema.arguments if a.name == "max_graded_rows"]
+    assert default == GRADED_ROWS
     layer = make_layer(24, 40)
     arguments = layer.arguments[:9]
-    upstream = torch.randn(17, 24)
-    x = activations(17, 40).requires_grad_()
-    OPS.linear(x, *arguments).backward(upstream)  # more rows than max_graded_rows by default
+    upstream = torch.randn(GRADED_ROWS + 1, 24)
+    x = activations(GRADED_ROWS + 1, 40).requires_grad_()
+    OPS.linear(x, *arguments).backward(upstream)
     torch.testing.assert_close(x.grad, upstream @ layer.dense(len(FINE)).T)
-    x = activations(16, 40).requires_grad_()
-    OPS.linear(x, *arguments).backward(upstream[:16])
+    upstream = upstream[:GRADED_ROWS]
+    x = activations(GRADED_ROWS, 40).requires_grad_()
+    OPS.linear(x, *arguments).backward(upstream)
     assert x.grad is not None
     graded = x.grad
-    x = activations(16, 40).requires_grad_()
-    OPS.gemv(x, *arguments).backward(upstream[:16])
+    x = activations(GRADED_ROWS, 40).requires_grad_()
+    OPS.gemv(x, *arguments).backward(upstream)
     torch.testing.assert_close(x.grad, graded)
-    assert not torch.allclose(graded, upstream[:16] @ layer.dense(len(FINE)).T)
+    assert not torch.allclose(graded, upstream @ layer.dense(len(FINE)).T)
 
 
 # ---- what is refused
