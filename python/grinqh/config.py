@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from itertools import accumulate
 from typing import Any
 
+from grinqh.defaults import GRADED_ROWS
 from grinqh.errors import InputError
 
 try:
@@ -23,7 +24,6 @@ except ImportError:  # transformers is optional: the class is then a plain one
 QUANT_METHOD = "grinqh"
 FORMAT_VERSION = 1  # kFormatVersion of format.h
 CODE_BITS = 8
-GRADED_ROWS = 8  # the default of max_graded_rows, here and in the op's schema
 
 ReadBits = float | Mapping[str, float]
 

@@ -10,7 +10,8 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from grinqh import packing
-from grinqh.config import GRADED_ROWS, LayerFormat
+from grinqh.config import LayerFormat
+from grinqh.defaults import GRADED_ROWS
 from grinqh.errors import InputError
 
 

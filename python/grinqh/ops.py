@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grinqh.config import GRADED_ROWS
+from grinqh.defaults import GRADED_ROWS
 
 
 def _load() -> None:

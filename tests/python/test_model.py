@@ -259,7 +259,7 @@ def test_the_model_s_read_bits_are_the_mean_over_weights_of_the_layers() -> None
     model = calibrated()
     grinqh.set_bits(model, 3)
     grinqh.count_reads(model)
-    logits(model, token_ids(1, 9))
+    logits(model, token_ids(1, 8))
     stats = grinqh.read_stats(model)
     layers = grinqh.packed_layers(model)
     total = sum(stats.layers[name] * layer.weights for name, layer in layers.items())
@@ -271,13 +271,13 @@ def test_the_model_s_read_bits_are_the_mean_over_weights_of_the_layers() -> None
 
 
 def test_token_reads_are_those_of_each_row_alone() -> None:
-    model, ids = calibrated(), token_ids(1, 12)
+    model, ids = calibrated(), token_ids(1, 8)
     grinqh.set_bits(model, 2.5)
     grinqh.count_reads(model, keep_tokens=20)
     logits(model, ids)
     found = grinqh.token_reads(model)
     stats = grinqh.read_stats(model)
-    assert len(found.read_bits) == 12
+    assert len(found.read_bits) == 8
     assert float(found.read_bits.mean()) == pytest.approx(stats.read_bits)
     assert found.layers.keys() == stats.layers.keys()
     for name, bits in found.layers.items():
