@@ -12,7 +12,7 @@ from layers import EQUAL, FINE, INF, OPS, Layer, make_layer
 from torch import Tensor
 
 import grinqh  # noqa: F401  registers the ops
-from grinqh.config import GRADED_ROWS
+from grinqh.defaults import GRADED_ROWS
 
 LAYOUTS = [FINE, EQUAL, (8,), (4, 4), (1,) * 8, (2, 2)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
