@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from grinqh import grading, packing
+from grinqh.compensation import compensated
 from grinqh.config import GrinqhConfig
 from grinqh.dial import DialTable, dial_table, dial_taus, set_bits
 from grinqh.errors import InputError
@@ -30,7 +31,9 @@ logger = logging.getLogger(__name__)
 
 # A layer on whose outputs the loss does not depend at all gets this part of the mean sensitivity.
 LEAST_SENSITIVITY = 2.0**-20
+LABEL_SEED = 0  # of the labels that the loss is taken with
 ROWS_AT_ONCE = 256  # input channels that are in memory in double precision
+SECOND_MOMENT_BYTES = 2 << 30  # of the layers that are rounded anew after one run over the text
 
 
 @dataclass(frozen=True)
@@ -51,14 +54,17 @@ def calibrate(
     sequence_length: int = 512,
     max_tokens: int = 8192,
     sensitivity: bool = True,
+    compensate: bool = True,
     progress: bool = True,
 ) -> CalibrationReport:
     """Measures a converted model on a text, and records the dial in its layers, in place.
 
     The model runs over the text once with everything read, and back for the gradients: that gives each input
     channel's mean square, each layer's sensitivity, and how often each importance occurs. Then the stored channels
-    are put in order of importance, what `stored_bits` of the config leaves out is dropped (after which the text is
-    run once more), and the dial is recorded and set to the config's read_bits. It can be done again with another text.
+    are put in order of importance, and the dial is recorded and set to the config's read_bits. What `stored_bits` of
+    the config leaves out is dropped before that, the rest rounded anew so that channels make up for each other's error
+    (`grinqh.compensation`); for this the text is run twice more, or more often for a large model. It can be done again
+    with another text.
 
     Args:
         model: a module converted by `quantize_model`, whose forward takes token ids [batch, length] and returns
@@ -68,6 +74,8 @@ def calibrate(
         sequence_length: tokens in a sequence, at least 2.
         max_tokens: at most about so many tokens are used, spread over the data.
         sensitivity: whether to share bits out among layers by the gradients; else one rule holds for all layers.
+        compensate: whether to round anew what `stored_bits` leaves of a layer that stored everything; else low bits
+            are cut off.
         progress: whether to show a progress bar on stderr (only if that is a terminal).
 
     Raises:
@@ -96,7 +104,9 @@ def calibrate(
         _sort(layer, statistics.mean_square)
         units[name] = grading.unit_thresholds(layer.format.grade_bits, layer.error, sensitivities[name])
         trim_heap()  # every tensor of the layer has been replaced by one in another place
-    if _drop_channels(config, layers, units, {name: statistics.mean_square for name, statistics in seen.items()}):
+    kept = _kept_channels(config, layers, units, {name: statistics.mean_square for name, statistics in seen.items()})
+    if kept:
+        _drop_channels(model, layers, batches, kept, compensate=compensate, progress=progress)
         observed = _observe(model, layers, batches, gradients=False, progress=progress)
 
     _record_dial(config, layers, units, observed)
@@ -231,7 +241,7 @@ def _observe(
 ) -> dict[str, _Statistics]:
     """Runs the model over the batches with everything read, and returns what each layer saw."""
     statistics = {name: _Statistics(layer) for name, layer in layers.items()}
-    device = next(model.parameters()).device
+    labels = torch.Generator(next(model.parameters()).device).manual_seed(LABEL_SEED)
     with ExitStack() as stack:
         stack.enter_context(_reading_everything(layers))
         stack.enter_context(_evaluating(model))
@@ -239,11 +249,9 @@ def _observe(
         for name, layer in layers.items():
             for handle in _hooks(layer, statistics[name], gradients):
                 stack.callback(handle.remove)
-        for ids in tqdm(batches, desc="calibrate", unit="batch", file=sys.stderr, disable=None if progress else True):
-            ids = ids.to(device)
-            output = model(ids)
+        for ids, output in _outputs(model, batches, progress):
             if gradients:
-                _loss(output, ids).backward()
+                _loss(output, ids, labels).backward()
     for name, seen in statistics.items():
         if any(grading.has_invalid(histogram) for histogram in seen.histograms.values()):
             raise InputError(f"{name} saw activations that are NaN or infinite on the calibration data")
@@ -253,8 +261,21 @@ def _observe(
     return statistics
 
 
-def _loss(output: Any, ids: Tensor) -> Tensor:
-    """Cross entropy of the next tokens, summed: a mean would make gradients shrink with the sequence's length."""
+def _outputs(model: nn.Module, batches: Sequence[Tensor], progress: bool) -> Iterator[tuple[Tensor, Any]]:
+    """Runs the model: each batch's token ids, on the model's device, and what it returns for them."""
+    device = next(model.parameters()).device
+    for ids in tqdm(batches, desc="calibrate", unit="batch", file=sys.stderr, disable=None if progress else True):
+        ids = ids.to(device)
+        yield ids, model(ids)
+
+
+def _loss(output: Any, ids: Tensor, generator: torch.Generator) -> Tensor:
+    """Cross entropy of next tokens drawn from the model's own predictions, summed over positions.
+
+    Its mean squared gradient is then the Fisher information, which says how far the predictions move (in KL divergence)
+    when a layer's outputs do. The text's own next tokens would weigh what the model gets wrong, most of all in early
+    layers. A mean over positions would make gradients shrink with the sequence's length.
+    """
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != ids.shape:
         raise InputError(
@@ -262,7 +283,11 @@ def _loss(output: Any, ids: Tensor) -> Tensor:
         )
     if not logits.requires_grad:
         raise InputError("the model's logits do not depend on any packed layer")
-    return functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    predictions = logits.float().flatten(0, 1)
+    # What is not finite is refused by the layer's name, later.
+    probabilities = predictions.detach().softmax(-1).nan_to_num(1.0)
+    drawn = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+    return functional.cross_entropy(predictions, drawn, reduction="sum")
 
 
 def _hooks(layer: GrinqhLinear, seen: _Statistics, gradients: bool) -> Iterator[Any]:
@@ -317,7 +342,7 @@ def _sensitivities(seen: Mapping[str, _Statistics]) -> dict[str, float]:
 
 def _sort(layer: GrinqhLinear, mean_square: Tensor) -> None:
     """Puts the stored channels in order of mean square times column energy, unless some are left out already."""
-    if any(channels < layer.in_features for channels in layer.stored_channels):
+    if not layer.stores_everything:
         return
     energy = [rows.double().square().sum(1) for rows in layer.dense().split(ROWS_AT_ONCE)]
     importance = mean_square * torch.cat(energy).cpu()  # by input feature
@@ -326,32 +351,94 @@ def _sort(layer: GrinqhLinear, mean_square: Tensor) -> None:
     layer.set_packed(packing.sort_channels(layer.tensors, order), layer.format)
 
 
-def _drop_channels(
+def _kept_channels(
     config: GrinqhConfig,
     layers: Mapping[str, GrinqhLinear],
     units: Mapping[str, Tensor],
     mean_square: Mapping[str, Tensor],
-) -> bool:
-    """Keeps in each plane only so many channels that the stored bits are what the config asks for.
+) -> dict[str, list[int]]:
+    """How many channels each layer that drops any keeps in its planes, for the stored bits that the config asks for.
 
     A channel whose root mean square importance would be graded below a plane is not stored in it, with one dial
     setting for the whole model; a layer with an override of its own has its own setting. The first plane stays whole.
-    Returns whether anything was dropped.
     """
     together = {name for name in units if config.layer_stored_bits(name) is None}
     targets = [({name}, config.layer_stored_bits(name)) for name in units.keys() - together]
-    dropped = False
+    kept: dict[str, list[int]] = {}
     for names, target in [(together, config.stored_bits), *targets]:
-        if not names or target is None:
-            continue
-        rms = {name: _stored_rms(layers[name], mean_square[name]) for name in names}
-        keep = _stored_channels({name: layers[name] for name in names}, units, rms, target)
-        for name, stored in keep.items():
+        if names and target is not None:
+            rms = {name: _stored_rms(layers[name], mean_square[name]) for name in names}
+            kept |= _stored_channels({name: layers[name] for name in names}, units, rms, target)
+    return {name: stored for name, stored in kept.items() if stored != layers[name].stored_channels}
+
+
+def _drop_channels(
+    model: nn.Module,
+    layers: Mapping[str, GrinqhLinear],
+    batches: Sequence[Tensor],
+    kept: Mapping[str, list[int]],
+    *,
+    compensate: bool,
+    progress: bool,
+) -> None:
+    """Keeps in each plane so many channels; a layer that stored everything is rounded anew if `compensate`."""
+    whole = {name: layers[name] for name in kept if compensate and layers[name].stores_everything}
+    for group in _groups_within(SECOND_MOMENT_BYTES, whole):
+        moments = _second_moments(model, layers, group, batches, progress=progress)
+        for name in tqdm(
+            group, desc="compensate", unit="layer", file=sys.stderr, disable=None if progress else True, leave=False
+        ):
             layer = layers[name]
-            if stored != layer.stored_channels:
-                layer.set_packed(packing.keep_channels(layer.tensors, stored), layer.format)
-                dropped = True
-    return dropped
+            layer.set_packed(compensated(layer, moments.pop(name), kept[name]), layer.format)
+    for name in kept.keys() - whole.keys():
+        layer = layers[name]
+        layer.set_packed(packing.keep_channels(layer.tensors, kept[name]), layer.format)
+
+
+def _groups_within(most_bytes: int, layers: Mapping[str, GrinqhLinear]) -> Iterator[list[str]]:
+    """The layers' names in groups whose second moments take so many bytes at most, but at least one layer each."""
+    group: list[str] = []
+    taken = 0
+    for name, layer in layers.items():
+        size = 4 * layer.in_features**2
+        if group and taken + size > most_bytes:
+            yield group
+            group, taken = [], 0
+        group.append(name)
+        taken += size
+    if group:
+        yield group
+
+
+def _second_moments(
+    model: nn.Module,
+    layers: Mapping[str, GrinqhLinear],
+    names: Sequence[str],
+    batches: Sequence[Tensor],
+    *,
+    progress: bool,
+) -> dict[str, Tensor]:
+    """The mean of x x^T of the named layers' inputs, float32 [K, K], with everything read."""
+    moments = {name: layers[name].gain.new_zeros((layers[name].in_features,) * 2) for name in names}
+    rows = dict.fromkeys(names, 0)
+
+    def see(name: str, x: Tensor) -> None:
+        inputs = x.detach().reshape(-1, x.shape[-1]).float()
+        moments[name].addmm_(inputs.T, inputs)
+        rows[name] += inputs.shape[0]
+
+    with ExitStack() as stack:
+        stack.enter_context(_reading_everything(layers))
+        stack.enter_context(_evaluating(model))
+        stack.enter_context(torch.no_grad())
+        for name in names:
+            hook = layers[name].register_forward_pre_hook(lambda _, arguments, name=name: see(name, arguments[0]))
+            stack.callback(hook.remove)
+        for _ in _outputs(model, batches, progress):
+            pass
+    for name, moment in moments.items():
+        moment /= max(rows[name], 1)
+    return moments
 
 
 def _stored_rms(layer: GrinqhLinear, mean_square: Tensor) -> Tensor:

@@ -103,6 +103,11 @@ class GrinqhLinear(nn.Module):
         axis = 2 if self.tiled else 0
         return [self._parameters[name].shape[axis] for name in self._planes]  # type: ignore[union-attr]
 
+    @property
+    def stores_everything(self) -> bool:
+        """Whether every plane is stored for all channels."""
+        return all(channels == self.in_features for channels in self.stored_channels)
+
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights with all stored planes read, [in_features, out_features]."""
         p = self._parameters

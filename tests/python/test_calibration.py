@@ -74,17 +74,28 @@ def test_calibration_changes_nothing_that_is_read_in_full() -> None:
     torch.testing.assert_close(logits(model, token_ids()), before, atol=1e-4, rtol=1e-4)
 
 
-def test_sensitivity_is_the_mean_squared_gradient_of_a_layer_s_outputs() -> None:
-    model, ids = quantized(), token_ids(2, 16)
-    gradients: list[Tensor] = []
-    probe = copy.deepcopy(model)
-    layer = probe.model.layers[1].mlp.down_proj
-    layer.register_forward_hook(lambda _, __, y: y.register_hook(gradients.append) and None)
-    predicted = probe(ids).logits[:, :-1].flatten(0, 1)
-    nn.functional.cross_entropy(predicted, ids[:, 1:].flatten(), reduction="sum").backward()
-    report = grinqh.calibrate(model, ids)
-    expected = float(gradients[0].square().mean())
-    assert report.sensitivity["model.layers.1.mlp.down_proj"] == pytest.approx(expected, rel=1e-4)
+def test_sensitivity_says_how_far_predictions_move_in_kl_divergence_when_a_layer_s_outputs_do() -> None:
+    model, ids, name, size = quantized(), token_ids(8, 64), "model.layers.1.mlp.down_proj", 1e-2
+    with torch.no_grad():
+        model.lm_head.weight *= 60  # sure of itself, and wrong: the text's own tokens would give other gradients
+        before = model(ids).logits.double().log_softmax(-1)
+    moved = copy.deepcopy(model)
+    layer = moved.get_submodule(name)
+    layer.register_forward_hook(lambda _, __, y: y + size * torch.randn(y.shape, generator=generator))
+    generator, distances = torch.Generator().manual_seed(0), []
+    for _ in range(8):
+        with torch.no_grad():
+            after = moved(ids).logits.double().log_softmax(-1)
+        distances.append(float(nn.functional.kl_div(after, before, reduction="sum", log_target=True)))
+    # To second order: half the movement's square times the Fisher information, the mean squared gradient.
+    expected = 2 * sum(distances) / len(distances) / size**2 / (ids.numel() * layer.out_features)
+    measured = grinqh.calibrate(model, ids).sensitivity[name]
+    assert measured == pytest.approx(expected, rel=0.25)
+
+
+def test_sensitivity_is_the_same_every_time() -> None:
+    first, second = (grinqh.calibrate(quantized(), token_ids()).sensitivity for _ in range(2))
+    assert first == second
 
 
 def test_sensitive_layers_read_more_bits_and_without_sensitivity_all_layers_count_alike() -> None:
