@@ -13,9 +13,11 @@ import argparse
 import copy
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as functional
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import grinqh
+from grinqh import calibration
 from grinqh.evaluate import Reference, Windows, evaluate, token_windows
 
 READ_BITS = (4.0, 3.0, 2.5, 2.0)
@@ -41,6 +44,8 @@ class Variant:
     calibration: str = "help"  # the text
     tokens: int = 4096  # of it
     sensitivity: bool = True
+    compensate: bool = True
+    loss: Callable[..., Tensor] | None = None  # whose gradients are the sensitivities, in place of the default's
     exact: bool = False  # whether every token keeps to the budget
     in_full: int = 0  # tokens at the beginning of a window that read everything, as those of a prompt do
     change: Callable[[grinqh.GrinqhLinear], None] | None = None  # made to every packed layer before calibration
@@ -62,6 +67,11 @@ def no_gain(layer: grinqh.GrinqhLinear) -> None:
     layer.gain.fill_(1.0)
 
 
+def text_loss(output: Any, ids: Tensor, _: torch.Generator) -> Tensor:
+    """Cross entropy of the text's own next tokens, summed."""
+    return functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+
+
 def read_in_full(layer: grinqh.GrinqhLinear, tokens: int) -> None:
     """Gives the first tokens of an input [1, T, K] the layer's whole weights; counts do not see it."""
 
@@ -78,11 +88,15 @@ VARIANTS = (
     Variant("importance: norm of the column", change=norm_importance),
     Variant("no gain for weights read in part", change=no_gain),
     Variant("the same thresholds' rule in all layers", sensitivity=False),
+    Variant("sensitivity by the text's own next tokens", loss=text_loss),
     Variant("planes 2,1,1,2,2", {"plane_widths": (2, 1, 1, 2, 2)}),
     Variant("planes 1,1,1,1,1,1,1,1", {"plane_widths": (1,) * 8}),
     Variant("planes 4,4", {"plane_widths": (4, 4)}),
     Variant("blocks of 32", {"block": 32}),
     Variant("blocks of 128", {"block": 128}),
+    Variant("q, k, v as one layer, gate and up as one", {"fuse": True}),
+    Variant("4 stored bits", {"stored_bits": 4.0}),
+    Variant("4 stored bits, low planes cut off", {"stored_bits": 4.0}, compensate=False),
     Variant("exact budget for every token", exact=True),
     Variant("first token of a window in full", in_full=1),
     Variant("first 4 tokens of a window in full", in_full=4),
@@ -95,12 +109,12 @@ VARIANTS = (
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """The rows of the wanted variants, also written to `options.json` after each."""
-    lab = LabModel.load(options.model)
+    lab = LabModel.load(options.model, device=options.device)
     help_topics, evaluation = texts()
     sequences = {"help": [help_topics], "code": evaluation["code"]}
     windows = token_windows(lab.tokenizer, evaluation["speeches"], LENGTH, options.windows)
     full = reference(options.model, lab.model)
-    result: dict[str, Any] = stamp() | {
+    result: dict[str, Any] = stamp(options.device) | {
         "model": options.model, "text": "speeches", "window": LENGTH, "windows": options.windows, "rows": []
     }  # fmt: skip
     wanted = [variant for variant in VARIANTS if variant.name in options.variants]
@@ -122,7 +136,11 @@ def measure(
     if variant.change is not None:
         for layer in grinqh.packed_layers(model).values():
             variant.change(layer)
-    grinqh.calibrate(model, ids, max_tokens=sum(map(len, ids)), sensitivity=variant.sensitivity, progress=False)
+    with patch.object(calibration, "_loss", variant.loss) if variant.loss else nullcontext():
+        grinqh.calibrate(
+            model, ids, max_tokens=sum(map(len, ids)), sensitivity=variant.sensitivity, compensate=variant.compensate,
+            progress=False,
+        )  # fmt: skip
     for layer in grinqh.packed_layers(model).values() if variant.in_full else ():
         read_in_full(layer, variant.in_full)
     rows = []

@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from grinqh.benchmark import hardware, versions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,12 +19,13 @@ RESULTS = ROOT / "benchmarks" / "results"
 CACHE = ROOT / ".cache"
 
 
-def stamp() -> dict[str, Any]:
-    """Where, when and from which commit figures come."""
+def stamp(device: str | None = None) -> dict[str, Any]:
+    """Where, when and from which commit figures come; `device` is what the models run on, the CPU for None."""
+    on_gpu = device is not None and device.startswith("cuda")
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": commit(),
-        "hardware": hardware(),
+        "hardware": hardware() | ({"gpu": torch.cuda.get_device_name(device)} if on_gpu else {}),
         "versions": versions(),
     }
 
@@ -51,6 +54,11 @@ def _git(*arguments: str) -> str:
 def describe_machine(result: dict[str, Any]) -> str:
     """One line that says where the figures of a result file were measured."""
     machine, version = result["hardware"], result["versions"]
+    if "gpu" in machine:
+        return (
+            f"{machine['gpu']}; torch {version['torch']}, Python {version['python']}; commit {result['commit']}, "
+            f"{result['date']}."
+        )
     return (
         f"{machine['cpu']}, {machine['threads']} threads, {machine['vector_isa']}, "
         f"{machine['last_cache_mb']} MB last-level cache; torch {version['torch']}, Python {version['python']}; "

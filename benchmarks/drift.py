@@ -49,7 +49,7 @@ def drifts(model: Any, ids: list[Tensor]) -> list[grinqh.DialDrift]:
         grinqh.reset_read_stats(model)
         with grinqh.graded(model):
             for window in ids:
-                model(input_ids=window[None])
+                model(input_ids=window[None].to(model.device))
         found.append(grinqh.dial_drift(model))
         grinqh.count_reads(model, enabled=False)
     return found
@@ -57,13 +57,15 @@ def drifts(model: Any, ids: list[Tensor]) -> list[grinqh.DialDrift]:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """The rows for each pair of texts."""
-    lab = LabModel.load(options.model)
+    lab = LabModel.load(options.model, device=options.device)
     help_topics, evaluation = texts()
     found = evaluation | {"help": [help_topics]}
     calibrating = list(found)
     found |= {"chat": chat(lab.tokenizer)} | other_languages()
     cut = {name: windows_of(lab, parts) for name, parts in found.items()}
-    result: dict[str, Any] = stamp() | {"model": options.model, "window": LENGTH, "windows": READ_WINDOWS, "rows": []}
+    result: dict[str, Any] = stamp(options.device) | {
+        "model": options.model, "window": LENGTH, "windows": READ_WINDOWS, "rows": []
+    }  # fmt: skip
     pairs = [(calibrated, read) for calibrated in calibrating for read in cut]
     model: Any = None
     for calibrated, read in tqdm(pairs, desc="drift", unit="pair", file=sys.stderr, disable=None):

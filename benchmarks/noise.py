@@ -34,11 +34,11 @@ CALIBRATION_TOKENS = 4096
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """The rows of every seed, also written to `options.json` after each."""
     help_topics, evaluation = texts()
-    result: dict[str, Any] = stamp() | {
+    result: dict[str, Any] = stamp(options.device) | {
         "model": options.model, "text": "speeches", "window": LENGTH, "windows": options.windows, "rows": []
     }  # fmt: skip
     for seed in tqdm(range(options.seeds), desc="noise", unit="seed", file=sys.stderr, disable=None):
-        lab = LabModel.load(options.model, seed)
+        lab = LabModel.load(options.model, seed, options.device)
         windows = token_windows(lab.tokenizer, evaluation["speeches"], LENGTH, options.windows)
         for row in measure(lab, help_topics, windows):
             result["rows"].append({"seed": seed, **row})

@@ -1,11 +1,12 @@
 """Quality against bits: grinqh beside the known methods, on the same models, layers, calibration and texts.
 
-    python benchmarks/quality.py --json benchmarks/results/quality.json
+    python benchmarks/quality.py --json benchmarks/results/quality.json    # --device cuda: minutes in place of an hour
     python benchmarks/quality.py --report benchmarks/results/quality.json    # docs/quality.md and its picture
 
 Every method quantizes every linear layer but the head, with the first half of Python's help topics as calibration
 text. Perplexity, KL divergence (nats per token) and top-1 agreement are against the model at full precision. grinqh and
-the activation-sparse rival grade every token on its own, as in decoding.
+the activation-sparse rival grade every token on its own, as in decoding. "static mixed precision" is grinqh without the
+choice per token: each channel keeps the bits that calibration gives it, and all that is stored is read.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ READ_BITS = (4.0, 3.0, 2.5, 2.0)
 RIVAL_BITS = (4, 3, 2)
 STORED_BITS = (6.0, 5.0, 4.0)
 STORED_READ_BITS = 3.0
+EVERYTHING = (8.0,)
 HALF = 16  # bits of an unquantized weight
+
+Scores = dict[tuple[str, int], list[Score]]  # by text and tokens of a window
 
 
 def observe(lab: LabModel, ids: list[Tensor]) -> dict[str, Inputs]:
@@ -44,13 +48,13 @@ def observe(lab: LabModel, ids: list[Tensor]) -> dict[str, Inputs]:
     rows = 0
     with _hooked(lab.model, lambda name, x: _add(seen, name, x)):
         for sequence in ids:
-            lab.model(input_ids=sequence[None])
+            lab.model(input_ids=sequence[None].to(lab.model.device))
             rows += len(sequence)
     return {name: Inputs(sums.hessian / rows, sums.mean_magnitude / rows) for name, sums in seen.items()}
 
 
 def _add(seen: dict[str, Inputs], name: str, x: Tensor) -> None:
-    sums = seen.setdefault(name, Inputs(torch.zeros(x.shape[1], x.shape[1]), torch.zeros(x.shape[1])))
+    sums = seen.setdefault(name, Inputs(x.new_zeros(x.shape[1], x.shape[1]), x.new_zeros(x.shape[1])))
     sums.hessian += x.T @ x
     sums.mean_magnitude += x.abs().sum(0)
 
@@ -71,32 +75,37 @@ def _hooked(model: nn.Module, see: Callable[[str, Tensor], None]) -> Iterator[No
 class Lab:
     """One model with its texts, and the rows measured on it."""
 
-    def __init__(self, name: str, window: int, windows: int, calibration_tokens: int) -> None:
-        self.lab = LabModel.load(name)
+    def __init__(self, name: str, lengths: dict[int, int], calibration_tokens: int, device: str | None) -> None:
+        """`lengths`: how many windows of each text, by their tokens."""
+        self.lab = LabModel.load(name, device=device)
         calibration, evaluation = texts()
         tokenizer = self.lab.tokenizer
         cut = token_windows(tokenizer, calibration, 512, max(1, calibration_tokens // 512))
         self.calibration = list(cut.ids)
-        self.windows = {text: token_windows(tokenizer, parts, window, windows) for text, parts in evaluation.items()}
-        original = copy.deepcopy(self.lab.model)
-        self.references = {text: reference(name, original) for text in self.windows}
+        self.windows = {
+            (text, length): token_windows(tokenizer, parts, length, count)
+            for length, count in lengths.items()
+            for text, parts in evaluation.items()
+        }
+        self.reference = reference(name, copy.deepcopy(self.lab.model))
         self.inputs = observe(self.lab, self.calibration)
         self.weights = {n: m.weight.data.clone() for n, m in linears(self.lab.model).items()}
         self.rows: list[dict[str, Any]] = []
 
-    def record(self, method: str, scores: dict[str, list[Score]], **about: Any) -> None:
-        """Adds a row for each text and setting."""
-        for text, of_text in scores.items():
+    def record(self, method: str, scores: Scores, **about: Any) -> None:
+        """Adds a row for each text, length and setting."""
+        for (text, window), of_text in scores.items():
             for score in of_text:
-                row = {"model": self.lab.name, "text": text, "method": method, **score.as_dict(), **about}
+                place = {"model": self.lab.name, "text": text, "window": window, "method": method}
+                row = place | score.as_dict() | about
                 self.rows.append(row)
-                print(json.dumps({k: row[k] for k in ("model", "text", "method", "read_bits", "log_ratio", "kl")}))
+                print(json.dumps({k: row[k] for k in (*place, "read_bits", "log_ratio", "kl")}))
 
-    def dense_scores(self) -> dict[str, list[Score]]:
+    def dense_scores(self) -> Scores:
         """The model as its weights stand."""
         return {
-            text: evaluate(self.lab.model, w, reference=self.references[text], grade_rows=False, progress=False)
-            for text, w in self.windows.items()
+            place: evaluate(self.lab.model, windows, reference=self.reference, grade_rows=False, progress=False)
+            for place, windows in self.windows.items()
         }
 
     def run_rivals(self, groups: list[int]) -> None:
@@ -133,7 +142,7 @@ class Lab:
         """Magnitudes of inputs of the calibration text, some for each layer."""
         samples: dict[str, Tensor] = {}
         with _hooked(self.lab.model, lambda name, x: samples.update({name: x.abs().flatten()[::7].clone()})):
-            self.lab.model(input_ids=self.calibration[0][None])
+            self.lab.model(input_ids=self.calibration[0][None].to(self.lab.model.device))
         return samples
 
     def run_grinqh(self, config: grinqh.GrinqhConfig, settings: tuple[float, ...], about: str = "grinqh") -> None:
@@ -143,10 +152,12 @@ class Lab:
         stored = grinqh.stored_bits(model)
         block = 16 / config.block
         scores = {
-            text: evaluate(model, w, settings, reference=self.references[text], progress=False)
-            for text, w in self.windows.items()
+            place: evaluate(model, windows, settings, reference=self.reference, progress=False)
+            for place, windows in self.windows.items()
         }
-        self.record(about, scores, stored_bits=stored, scale_bits=block)
+        # What reads all that it stores has no dial: its setting is the bits that it was given.
+        of_setting = {"target": None, "read_bits": config.stored_bits} if settings == EVERYTHING else {}
+        self.record(about, scores, stored_bits=stored, scale_bits=block, **of_setting)
 
 
 @contextmanager
@@ -168,27 +179,30 @@ def main() -> None:
     parser.add_argument("--report", type=Path, help="write docs/quality.md from these results, measure nothing")
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--groups", type=int, nargs="*", default=[64, 128], help="of the rivals (default: %(default)s)")
-    parser.add_argument("--window", type=int, default=512, help="tokens of a window (default: %(default)s)")
-    parser.add_argument("--windows", type=int, default=2, help="of each text (default: %(default)s)")
+    parser.add_argument("--window", type=int, nargs="*", default=[512], help="tokens of a window (default: 512)")
+    parser.add_argument("--tokens", type=int, default=1024, help="of each text, in windows (default: %(default)s)")
     parser.add_argument("--calibration-tokens", type=int, default=4096, help="(default: %(default)s)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the CPU)")
     options = parser.parse_args()
     if options.report:
         write_report(json.loads(options.report.read_text(encoding="utf-8")))
         return
 
-    result = stamp() | {
-        "window": options.window,
-        "windows": options.windows,
+    lengths = {window: max(1, options.tokens // window) for window in options.window}
+    result = stamp(options.device) | {
+        "windows": lengths,
         "calibration_tokens": options.calibration_tokens,
         "rows": [],
     }
     for name in options.models:
         with torch.no_grad():
-            lab = Lab(name, options.window, options.windows, options.calibration_tokens)
+            lab = Lab(name, lengths, options.calibration_tokens, options.device)
         with torch.enable_grad():
             lab.run_grinqh(grinqh.GrinqhConfig(), (8.0, *READ_BITS))
             for stored in STORED_BITS:
                 lab.run_grinqh(grinqh.GrinqhConfig(stored_bits=stored), (STORED_READ_BITS,), "grinqh, fewer stored")
+            for bits in READ_BITS:
+                lab.run_grinqh(grinqh.GrinqhConfig(stored_bits=bits), EVERYTHING, "static mixed precision")
         with torch.no_grad():
             lab.run_sparse()
             lab.run_rivals(options.groups)

@@ -20,6 +20,7 @@ from common import CACHE
 from demo import model_file
 from torch import Tensor, nn
 
+from grinqh.device import find_device
 from grinqh.errors import InputError
 from grinqh.evaluate import Reference
 from grinqh.source import Source
@@ -58,18 +59,20 @@ class LabModel:
     tokenizer: PreTrainedTokenizerBase
 
     @classmethod
-    def load(cls, name: str, seed: int = NOISE_SEED) -> LabModel:
-        """One of MODELS, float32, with continuous weights; `seed` is that of the noise."""
+    def load(cls, name: str, seed: int = NOISE_SEED, device: str | None = None) -> LabModel:
+        """One of MODELS, float32, with continuous weights; `seed` is that of the noise, drawn on the CPU everywhere."""
         source = Source(MODELS[name]())
         model = source.load_model(torch.float32)
         generator = torch.Generator().manual_seed(seed)
         for linear in linears(model).values():
             linear.weight.data = continuous(linear.weight.data, generator)
-        return cls(name, model.eval(), source.tokenizer)
+        return cls(name, model.eval().to(find_device(device)), source.tokenizer)
 
 
 def reference(name: str, model: PreTrainedModel) -> Reference:
-    """Log-probabilities of one of MODELS, at full precision and with its noise, kept on disk."""
+    """Log-probabilities of one of MODELS, at full precision and with its noise; those of the CPU are kept on disk."""
+    if model.device.type != "cpu":
+        return Reference(lambda: model)
     return Reference(lambda: model, CACHE / "quality", f"{name}, noise {NOISE_SEED}, torch {torch.__version__}")
 
 

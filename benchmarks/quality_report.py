@@ -19,8 +19,10 @@ def write_report(result: dict[str, Any]) -> None:
     """Writes the generated part of docs/quality.md, and quality.png."""
     parts = [f"Measured on: {describe_machine(result)} {_sample(result)}"]
     for model in _values(result["rows"], "model"):
-        rows = [row for row in result["rows"] if row["model"] == model]
-        parts += [f"### {model}", read_table(rows), stored_table(rows)]
+        parts.append(f"### {model}")
+        for window in _values(result["rows"], "window"):
+            rows = [row for row in result["rows"] if (row["model"], row["window"]) == (model, window)]
+            parts += [f"Windows of {window} tokens:", read_table(rows), stored_table(rows)]
     replace_between_markers(ROOT / "docs" / "quality.md", "quality-tables", "\n\n".join(parts))
     _plot(result["rows"])
 
@@ -37,6 +39,7 @@ def section_options(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--report", type=Path, help="write docs/quality.md from these results, measure nothing")
     parser.add_argument("--model", default="SmolLM2-135M-Instruct", choices=list(MODELS))
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the CPU)")
     return parser
 
 
@@ -84,15 +87,13 @@ def _bits(row: Row) -> float:
     return float(row["target"] if row["target"] is not None else row["read_bits"])
 
 
-def _values(rows: list[Row], key: str) -> list[str]:
+def _values(rows: list[Row], key: str) -> list[Any]:
     return list(dict.fromkeys(row[key] for row in rows))
 
 
 def _sample(result: dict[str, Any]) -> str:
-    return (
-        f"{result['windows']} windows of {result['window']} tokens of each text; calibration with "
-        f"{result['calibration_tokens']:,} tokens."
-    )
+    windows = " and ".join(f"{count} windows of {length} tokens" for length, count in result["windows"].items())
+    return f"{windows} of each text; calibration with {result['calibration_tokens']:,} tokens."
 
 
 def _plot(rows: list[Row]) -> None:

@@ -77,13 +77,13 @@ def gptq(weight: Tensor, inputs: Inputs, bits: int, group: int, damping: float =
     """Columns one after the other, each one's error carried to those that follow (arXiv 2210.17323)."""
     k = weight.shape[1]
     hessian = inputs.hessian.double()
-    hessian = hessian + damping * hessian.diagonal().mean() * torch.eye(k, dtype=torch.float64)
+    hessian = hessian + damping * hessian.diagonal().mean() * torch.eye(k, dtype=torch.float64, device=weight.device)
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True).float()
     left, result = weight.clone(), torch.empty_like(weight)
     grid = None
     for begin in range(0, k, block):
         end = min(begin + block, k)
-        errors = torch.empty(weight.shape[0], end - begin)
+        errors = weight.new_empty(weight.shape[0], end - begin)
         for j in range(begin, end):
             if j % group == 0:
                 grid = fit_grid(left[:, j : j + group], bits)

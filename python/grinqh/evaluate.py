@@ -93,7 +93,7 @@ class Reference:
         self._name = name
 
     def log_probabilities(self, ids: torch.Tensor) -> torch.Tensor:
-        """[window, vocabulary] for one window of token ids."""
+        """[window, vocabulary] for one window of token ids, on the model's device or, from the cache, on the CPU."""
         if self._cache is None:
             return self._compute(ids)
         key = hashlib.sha256(self._name.encode() + ids.numpy().tobytes()).hexdigest()[:24]
@@ -101,7 +101,7 @@ class Reference:
         if not path.exists():
             self._cache.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(".partial")
-            save_file({"log_probabilities": self._compute(ids).half()}, partial)
+            save_file({"log_probabilities": self._compute(ids).half().cpu()}, partial)
             partial.rename(path)
         return load_file(path)["log_probabilities"]
 
@@ -141,7 +141,9 @@ class _Sums:
     same_top1: int = 0
 
     def add(self, ids: torch.Tensor, logits: torch.Tensor, reference: torch.Tensor | None) -> None:
-        """Counts one window: its ids, the model's logits and the reference's log-probabilities."""
+        """Counts one window, where its logits are: its ids, the model's logits, the reference's log-probabilities."""
+        ids = ids.to(logits.device)
+        reference = None if reference is None else reference.to(logits.device)
         for start in range(0, len(ids) - 1, ROWS_AT_ONCE):
             rows = slice(start, min(start + ROWS_AT_ONCE, len(ids) - 1))
             targets = ids[rows.start + 1 : rows.stop + 1]
@@ -221,6 +223,6 @@ def evaluate(
 
 @torch.no_grad()
 def window_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """[window, vocabulary] of one window."""
+    """[window, vocabulary] of one window, on the model's device."""
     logits: torch.Tensor = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0]
-    return logits.cpu()
+    return logits

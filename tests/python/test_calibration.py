@@ -79,10 +79,10 @@ def test_sensitivity_says_how_far_predictions_move_in_kl_divergence_when_a_layer
     with torch.no_grad():
         model.lm_head.weight *= 60  # sure of itself, and wrong: the text's own tokens would give other gradients
         before = model(ids).logits.double().log_softmax(-1)
+    generator, distances = torch.Generator().manual_seed(0), []
     moved = copy.deepcopy(model)
     layer = moved.get_submodule(name)
     layer.register_forward_hook(lambda _, __, y: y + size * torch.randn(y.shape, generator=generator))
-    generator, distances = torch.Generator().manual_seed(0), []
     for _ in range(8):
         with torch.no_grad():
             after = moved(ids).logits.double().log_softmax(-1)

@@ -1,0 +1,36 @@
+"""Calibration of a model on the GPU."""
+
+import pytest
+import torch
+from test_compensation import correlated, output_error, packed, with_tensors
+from tiny_models import tiny_model, token_ids
+
+import grinqh
+from grinqh import GrinqhConfig, packing
+from grinqh.compensation import compensated
+
+
+@pytest.mark.parametrize("block", [32, 64, 128])
+def test_rounding_anew_gains_on_the_gpu_what_it_gains_on_the_cpu(block: int) -> None:
+    layer, stored = packed(130, 96, block=block), [96, 96, 20, 5]
+    exact, seen, unseen = layer.dense(), correlated(400, 96)[:300], correlated(400, 96)[300:]
+    moment = seen.T @ seen / len(seen)
+    on_cpu = with_tensors(layer, compensated(layer, moment, stored))
+    cut = with_tensors(layer, packing.keep_channels(layer.tensors, stored))
+    tensors = compensated(layer.to("cuda"), moment.cuda(), stored)
+    on_gpu = with_tensors(on_cpu, {name: tensor.cpu() for name, tensor in tensors.items()})
+    assert on_gpu.stored_channels == stored
+    assert output_error(on_gpu, exact, unseen) < 0.7 * output_error(cut, exact, unseen)
+    assert output_error(on_gpu, exact, unseen) == pytest.approx(output_error(on_cpu, exact, unseen), rel=0.05)
+
+
+def test_a_model_calibrated_on_the_gpu_measures_the_sensitivities_that_the_cpu_does() -> None:
+    reports = []
+    for device in ("cpu", "cuda"):
+        model = grinqh.quantize_model(tiny_model().to(device), GrinqhConfig(stored_bits=4.0))
+        reports.append(grinqh.calibrate(model, token_ids(8, 64)))
+        assert grinqh.stored_bits(model) <= 4
+    # The labels are drawn by generators of different devices, so these are two samples of the same numbers.
+    for name, sensitivity in reports[0].sensitivity.items():
+        assert reports[1].sensitivity[name] == pytest.approx(sensitivity, rel=0.3), name
+    assert torch.isfinite(torch.tensor(list(reports[1].sensitivity.values()))).all()
