@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from grinqh import grading, packing
-from grinqh.compensation import compensated
+from grinqh.compensation import Task, compensated
 from grinqh.config import GrinqhConfig
 from grinqh.dial import DialTable, dial_table, dial_taus, set_bits
 from grinqh.errors import InputError
@@ -34,6 +34,7 @@ LEAST_SENSITIVITY = 2.0**-20
 LABEL_SEED = 0  # of the labels that the loss is taken with
 ROWS_AT_ONCE = 256  # input channels that are in memory in double precision
 SECOND_MOMENT_BYTES = 2 << 30  # of the layers that are rounded anew after one run over the text
+TOGETHER_BYTES = 1 << 28  # of the weights, in float32, that are rounded together
 
 
 @dataclass(frozen=True)
@@ -383,24 +384,36 @@ def _drop_channels(
 ) -> None:
     """Keeps in each plane so many channels; a layer that stored everything is rounded anew if `compensate`."""
     whole = {name: layers[name] for name in kept if compensate and layers[name].stores_everything}
-    for group in _groups_within(SECOND_MOMENT_BYTES, whole):
-        moments = _second_moments(model, layers, group, batches, progress=progress)
-        for name in tqdm(
-            group, desc="compensate", unit="layer", file=sys.stderr, disable=None if progress else True, leave=False
-        ):
-            layer = layers[name]
-            layer.set_packed(compensated(layer, moments.pop(name), kept[name]), layer.format)
+    sizes = {name: 4 * layer.in_features**2 for name, layer in whole.items()}
+    quiet = None if whole and progress else True
+    with tqdm(total=len(whole), desc="round anew", unit="layer", file=sys.stderr, disable=quiet) as steps:
+        for group in _groups_within(SECOND_MOMENT_BYTES, sizes):
+            moments = _second_moments(model, layers, group, batches, progress=progress)
+            for names in _alike(layers, group):
+                tasks = [Task(layers[name], moments.pop(name), kept[name]) for name in names]
+                for task, tensors in zip(tasks, compensated(tasks), strict=True):
+                    task.layer.set_packed(tensors, task.layer.format)
+                steps.update(len(names))
     for name in kept.keys() - whole.keys():
         layer = layers[name]
         layer.set_packed(packing.keep_channels(layer.tensors, kept[name]), layer.format)
 
 
-def _groups_within(most_bytes: int, layers: Mapping[str, GrinqhLinear]) -> Iterator[list[str]]:
-    """The layers' names in groups whose second moments take so many bytes at most, but at least one layer each."""
+def _alike(layers: Mapping[str, GrinqhLinear], names: Sequence[str]) -> Iterator[list[str]]:
+    """The names in groups of one shape and format, as many as may be rounded together."""
+    by_shape: dict[Any, list[str]] = {}
+    for name in names:
+        layer = layers[name]
+        by_shape.setdefault((layer.in_features, layer.out_features, layer.format), []).append(name)
+    for alike in by_shape.values():
+        yield from _groups_within(TOGETHER_BYTES, {name: 4 * layers[name].weights for name in alike})
+
+
+def _groups_within(most_bytes: int, sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """Names in groups of so many bytes at most, but of at least one each."""
     group: list[str] = []
     taken = 0
-    for name, layer in layers.items():
-        size = 4 * layer.in_features**2
+    for name, size in sizes.items():
         if group and taken + size > most_bytes:
             yield group
             group, taken = [], 0

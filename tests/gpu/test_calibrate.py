@@ -7,7 +7,7 @@ from tiny_models import tiny_model, token_ids
 
 import grinqh
 from grinqh import GrinqhConfig, packing
-from grinqh.compensation import compensated
+from grinqh.compensation import Task, compensated
 
 
 @pytest.mark.parametrize("block", [32, 64, 128])
@@ -15,9 +15,9 @@ def test_rounding_anew_gains_on_the_gpu_what_it_gains_on_the_cpu(block: int) -> 
     layer, stored = packed(130, 96, block=block), [96, 96, 20, 5]
     exact, seen, unseen = layer.dense(), correlated(400, 96)[:300], correlated(400, 96)[300:]
     moment = seen.T @ seen / len(seen)
-    on_cpu = with_tensors(layer, compensated(layer, moment, stored))
+    on_cpu = with_tensors(layer, *compensated([Task(layer, moment, stored)]))
     cut = with_tensors(layer, packing.keep_channels(layer.tensors, stored))
-    tensors = compensated(layer.to("cuda"), moment.cuda(), stored)
+    (tensors,) = compensated([Task(layer.to("cuda"), moment.cuda(), stored)])
     on_gpu = with_tensors(on_cpu, {name: tensor.cpu() for name, tensor in tensors.items()})
     assert on_gpu.stored_channels == stored
     assert output_error(on_gpu, exact, unseen) < 0.7 * output_error(cut, exact, unseen)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import grinqh
 from grinqh import GrinqhConfig, GrinqhLinear, packing
 from grinqh.calibration import _groups_within
-from grinqh.compensation import compensated
+from grinqh.compensation import Task, compensated
 from grinqh.config import LayerFormat
 
 
@@ -51,7 +51,7 @@ def test_inputs_that_do_not_move_together_keep_the_codes(n: int, k: int, widths:
     layer = packed(n, k, widths)
     stored = [max(1, k - 7 * p) for p in range(len(widths))]
     expected = packing.keep_channels(layer.tensors, stored)
-    found = compensated(layer, torch.diag(torch.rand(k) + 0.1), stored)
+    (found,) = compensated([Task(layer, torch.diag(torch.rand(k) + 0.1), stored)])
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name].nan_to_num(-1), tensor.nan_to_num(-1)), name  # the dial holds NaN yet
@@ -63,9 +63,21 @@ def test_inputs_that_move_together_lose_less_on_rows_that_were_not_seen(block: i
     exact, seen, unseen = layer.dense(), correlated(400, 96)[:300], correlated(400, 96)[300:]
     stored = [96, 96, 20, 5]
     cut = with_tensors(layer, packing.keep_channels(layer.tensors, stored))
-    anew = with_tensors(layer, compensated(layer, seen.T @ seen / len(seen), stored))
+    anew = with_tensors(layer, *compensated([Task(layer, seen.T @ seen / len(seen), stored)]))
     assert anew.stored_channels == cut.stored_channels
     assert output_error(anew, exact, unseen) < 0.7 * output_error(cut, exact, unseen)
+
+
+def test_layers_rounded_together_are_rounded_as_each_by_itself() -> None:
+    tasks = []
+    for seed, stored in enumerate(([40, 40, 9, 0], [40, 30, 20, 10], [40, 0, 0, 0])):
+        x = correlated(99, 40, seed)
+        tasks.append(Task(packed(70, 40, seed=seed), x.T @ x / 99, stored))
+    for task, tensors in zip(tasks, compensated(tasks), strict=True):
+        (alone,) = compensated([task])
+        exact, x = task.layer.dense(), correlated(99, 40, 7)
+        errors = [output_error(with_tensors(task.layer, each), exact, x) for each in (tensors, alone)]
+        assert errors[0] == pytest.approx(errors[1], rel=0.02)  # sums may be taken in another order
 
 
 @given(n=st.integers(1, 80), k=st.integers(1, 40), seed=st.integers(0, 99), data=st.data())
@@ -74,7 +86,7 @@ def test_what_is_written_is_a_valid_layer_whatever_is_kept(n: int, k: int, seed:
     stored = sorted(data.draw(st.lists(st.integers(0, k), min_size=3, max_size=3)), reverse=True)
     x = correlated(5, k, seed)
     x[:, data.draw(st.integers(0, k - 1))] = 0  # an input that never occurs
-    tensors = compensated(layer, x.T @ x / 5, [k, *stored])
+    (tensors,) = compensated([Task(layer, x.T @ x / 5, [k, *stored])])
     found = {name: packing.TensorSpec(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
     packing.check_specs("layer", layer.format, k, n, False, layer.dial.shape[1], found)
     packing.check_values("layer", tensors)
@@ -116,9 +128,9 @@ def test_calibrating_again_leaves_codes_that_were_cut_as_they_are() -> None:
 
 
 def test_second_moments_are_gathered_for_as_many_layers_at_a_time_as_the_memory_allows() -> None:
-    layers = {name: packed(3, k) for name, k in (("a", 4), ("b", 4), ("c", 16), ("d", 4))}
-    assert list(_groups_within(2 * 4 * 4**2, layers)) == [["a", "b"], ["c"], ["d"]]
-    assert list(_groups_within(1 << 30, layers)) == [["a", "b", "c", "d"]]
+    sizes = {"a": 4, "b": 4, "c": 16, "d": 4}
+    assert list(_groups_within(8, sizes)) == [["a", "b"], ["c"], ["d"]]
+    assert list(_groups_within(28, sizes)) == [["a", "b", "c", "d"]]
     assert list(_groups_within(1 << 30, {})) == []
 
 
