@@ -75,8 +75,16 @@ def _hooked(model: nn.Module, see: Callable[[str, Tensor], None]) -> Iterator[No
 class Lab:
     """One model with its texts, and the rows measured on it."""
 
-    def __init__(self, name: str, lengths: dict[int, int], calibration_tokens: int, device: str | None) -> None:
-        """`lengths`: how many windows of each text, by their tokens."""
+    def __init__(
+        self,
+        name: str,
+        lengths: dict[int, int],
+        calibration_tokens: int,
+        device: str | None,
+        recorded: Callable[[list[dict[str, Any]]], None],
+    ) -> None:
+        """`lengths`: how many windows of each text, by their tokens; `recorded` is told of new rows."""
+        self.recorded = recorded
         self.lab = LabModel.load(name, device=device)
         calibration, evaluation = texts()
         tokenizer = self.lab.tokenizer
@@ -90,16 +98,17 @@ class Lab:
         self.reference = reference(name, copy.deepcopy(self.lab.model))
         self.inputs = observe(self.lab, self.calibration)
         self.weights = {n: m.weight.data.clone() for n, m in linears(self.lab.model).items()}
-        self.rows: list[dict[str, Any]] = []
 
     def record(self, method: str, scores: Scores, **about: Any) -> None:
-        """Adds a row for each text, length and setting."""
+        """A row for each text, length and setting."""
+        rows = []
         for (text, window), of_text in scores.items():
             for score in of_text:
                 place = {"model": self.lab.name, "text": text, "window": window, "method": method}
                 row = place | score.as_dict() | about
-                self.rows.append(row)
-                print(json.dumps({k: row[k] for k in (*place, "read_bits", "log_ratio", "kl")}))
+                rows.append(row)
+                print(json.dumps({k: row[k] for k in (*place, "read_bits", "log_ratio", "kl")}), flush=True)
+        self.recorded(rows)
 
     def dense_scores(self) -> Scores:
         """The model as its weights stand."""
@@ -112,13 +121,33 @@ class Lab:
         """Each static method at each number of bits."""
         settings = [(m, bits, group) for m in METHODS for bits in RIVAL_BITS for group in groups]
         for method, bits, group in tqdm(settings, desc=f"{self.lab.name}: rivals", file=sys.stderr, disable=None):
-            for name, linear in linears(self.lab.model).items():
-                linear.weight.data = METHODS[method](self.weights[name], self.inputs[name], bits, group)
+            for names in self._alike() if method == "GPTQ" else [[name] for name in self.weights]:
+                self._quantize(names, method, bits, group)
             self.record(
                 f"{method}, groups of {group}", self.dense_scores(), read_bits=float(bits), stored_bits=float(bits),
                 scale_bits=SCALE_BITS / group,
             )  # fmt: skip
         self.restore()
+
+    def _alike(self) -> list[list[str]]:
+        """The layers in groups of one shape."""
+        groups: dict[torch.Size, list[str]] = {}
+        for name, weight in self.weights.items():
+            groups.setdefault(weight.shape, []).append(name)
+        return list(groups.values())
+
+    def _quantize(self, names: list[str], method: str, bits: int, group: int) -> None:
+        if len(names) == 1:
+            rounded = [METHODS[method](self.weights[names[0]], self.inputs[names[0]], bits, group)]
+        else:
+            hessians, magnitudes = zip(
+                *((self.inputs[n].hessian, self.inputs[n].mean_magnitude) for n in names), strict=True
+            )
+            inputs = Inputs(torch.stack(hessians), torch.stack(magnitudes))
+            weights = torch.stack([self.weights[name] for name in names])
+            rounded = list(METHODS[method](weights, inputs, bits, group))
+        for name, weight in zip(names, rounded, strict=True):
+            self.lab.model.get_submodule(name).weight.data = weight
 
     def restore(self) -> None:
         """The weights at full precision."""
@@ -176,7 +205,9 @@ def _sparse(model: nn.Module, thresholds: dict[str, float]) -> Iterator[None]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the results here")
-    parser.add_argument("--report", type=Path, help="write docs/quality.md from these results, measure nothing")
+    parser.add_argument(
+        "--report", type=Path, nargs="+", help="write docs/quality.md from these results, measure nothing"
+    )
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--groups", type=int, nargs="*", default=[64, 128], help="of the rivals (default: %(default)s)")
     parser.add_argument("--window", type=int, nargs="*", default=[512], help="tokens of a window (default: 512)")
@@ -185,7 +216,7 @@ def main() -> None:
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the CPU)")
     options = parser.parse_args()
     if options.report:
-        write_report(json.loads(options.report.read_text(encoding="utf-8")))
+        write_report([json.loads(path.read_text(encoding="utf-8")) for path in options.report])
         return
 
     lengths = {window: max(1, options.tokens // window) for window in options.window}
@@ -194,9 +225,15 @@ def main() -> None:
         "calibration_tokens": options.calibration_tokens,
         "rows": [],
     }
+
+    def keep(rows: list[dict[str, Any]]) -> None:
+        result["rows"] += rows
+        if options.json:  # after every method: a run that is cut short leaves what it has
+            write_json(options.json, result)
+
     for name in options.models:
         with torch.no_grad():
-            lab = Lab(name, lengths, options.calibration_tokens, options.device)
+            lab = Lab(name, lengths, options.calibration_tokens, options.device, keep)
         with torch.enable_grad():
             lab.run_grinqh(grinqh.GrinqhConfig(), (8.0, *READ_BITS))
             for stored in STORED_BITS:
@@ -206,9 +243,6 @@ def main() -> None:
         with torch.no_grad():
             lab.run_sparse()
             lab.run_rivals(options.groups)
-        result["rows"] += lab.rows
-        if options.json:
-            write_json(options.json, result)
 
 
 if __name__ == "__main__":

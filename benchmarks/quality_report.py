@@ -15,16 +15,17 @@ from quality_models import MODELS
 Row = dict[str, Any]
 
 
-def write_report(result: dict[str, Any]) -> None:
-    """Writes the generated part of docs/quality.md, and quality.png."""
-    parts = [f"Measured on: {describe_machine(result)} {_sample(result)}"]
-    for model in _values(result["rows"], "model"):
-        parts.append(f"### {model}")
-        for window in _values(result["rows"], "window"):
-            rows = [row for row in result["rows"] if (row["model"], row["window"]) == (model, window)]
-            parts += [f"Windows of {window} tokens:", read_table(rows), stored_table(rows)]
+def write_report(results: list[dict[str, Any]]) -> None:
+    """Writes the generated part of docs/quality.md, and quality.png, from one or several runs."""
+    parts = []
+    for result in results:
+        for model in _values(result["rows"], "model"):
+            parts += [f"### {model}", f"Measured on: {describe_machine(result)} {_sample(result)}"]
+            for window in _values(result["rows"], "window"):
+                rows = [row for row in result["rows"] if (row["model"], row["window"]) == (model, window)]
+                parts += [f"Windows of {window} tokens:", read_table(rows), stored_table(rows)]
     replace_between_markers(ROOT / "docs" / "quality.md", "quality-tables", "\n\n".join(parts))
-    _plot(result["rows"])
+    _plot([row for result in results for row in result["rows"]])
 
 
 def write_section(root: Path, name: str, result: dict[str, Any], sample: str, table: str) -> None:

@@ -74,25 +74,29 @@ def round_to_nearest(weight: Tensor, _: Inputs, bits: int, group: int) -> Tensor
 
 
 def gptq(weight: Tensor, inputs: Inputs, bits: int, group: int, damping: float = 0.01, block: int = 128) -> Tensor:
-    """Columns one after the other, each one's error carried to those that follow (arXiv 2210.17323)."""
-    k = weight.shape[1]
+    """Columns one after the other, each one's error carried to those that follow (arXiv 2210.17323).
+
+    Takes several layers of one shape at once, [layers, N, K] with Hessians [layers, K, K]: so steps are worth a GPU's.
+    """
+    k = weight.shape[-1]
     hessian = inputs.hessian.double()
-    hessian = hessian + damping * hessian.diagonal().mean() * torch.eye(k, dtype=torch.float64, device=weight.device)
+    mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    hessian = hessian + damping * mean * torch.eye(k, dtype=torch.float64, device=weight.device)
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True).float()
     left, result = weight.clone(), torch.empty_like(weight)
     grid = None
     for begin in range(0, k, block):
         end = min(begin + block, k)
-        errors = weight.new_empty(weight.shape[0], end - begin)
+        errors = weight.new_empty(*weight.shape[:-1], end - begin)
         for j in range(begin, end):
             if j % group == 0:
-                grid = fit_grid(left[:, j : j + group], bits)
+                grid = fit_grid(left[..., j : j + group], bits)
             assert grid is not None
-            result[:, j] = grid.round(left[:, j : j + 1])[:, 0]
-            error = (left[:, j] - result[:, j]) / factor[j, j]
-            errors[:, j - begin] = error
-            left[:, j:end] -= error[:, None] * factor[j, j:end]
-        left[:, end:] -= errors @ factor[begin:end, end:]
+            result[..., j] = grid.round(left[..., j : j + 1])[..., 0]
+            error = (left[..., j] - result[..., j]) / factor[..., j, j, None]
+            errors[..., j - begin] = error
+            left[..., j:end] -= error[..., None] * factor[..., None, j, j:end]
+        left[..., end:] -= errors @ factor[..., begin:end, end:]
     return result
 
 
