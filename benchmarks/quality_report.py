@@ -16,16 +16,30 @@ Row = dict[str, Any]
 
 
 def write_report(results: list[dict[str, Any]]) -> None:
-    """Writes the generated part of docs/quality.md, and quality.png, from one or several runs."""
+    """Writes the generated part of docs/quality.md, and quality.png, from one or several runs.
+
+    The picture has a method's point from the last run that holds it.
+    """
     parts = []
     for result in results:
         for model in _values(result["rows"], "model"):
+            of_model = [row for row in result["rows"] if row["model"] == model]
             parts += [f"### {model}", f"Measured on: {describe_machine(result)} {_sample(result)}"]
-            for window in _values(result["rows"], "window"):
-                rows = [row for row in result["rows"] if (row["model"], row["window"]) == (model, window)]
+            for window in _values(of_model, "window"):
+                rows = [row for row in of_model if row["window"] == window]
                 parts += [f"Windows of {window} tokens:", read_table(rows), stored_table(rows)]
     replace_between_markers(ROOT / "docs" / "quality.md", "quality-tables", "\n\n".join(parts))
-    _plot([row for result in results for row in result["rows"]])
+    _plot(_latest(results))
+
+
+def _latest(results: list[dict[str, Any]]) -> list[Row]:
+    latest: dict[tuple[str, str, float, int], list[Row]] = {}
+    for result in results:
+        found = defaultdict(list)
+        for row in result["rows"]:
+            found[row["model"], row["method"], _bits(row), round(row["stored_bits"])].append(row)
+        latest |= found
+    return [row for rows in latest.values() for row in rows]
 
 
 def write_section(root: Path, name: str, result: dict[str, Any], sample: str, table: str) -> None:
@@ -58,12 +72,12 @@ def run_or_report(
 
 def read_table(rows: list[Row]) -> str:
     """ln(perplexity / full precision) and KL by method and read bits, one line for each text."""
-    static = [row for row in rows if row["method"] != "grinqh, fewer stored" and row["target"] != 8.0]
-    bits = sorted({_bits(row) for row in static}, reverse=True)
+    compared = [row for row in rows if row["method"] != "grinqh, fewer stored" and row["target"] != 8.0]
+    bits = sorted({_bits(row) for row in compared}, reverse=True)
     lines = []
     for text in _values(rows, "text"):
-        for method in _values(static, "method"):
-            cells = {_bits(r): r for r in static if (r["text"], r["method"]) == (text, method)}
+        for method in _values(compared, "method"):
+            cells = {_bits(r): r for r in compared if (r["text"], r["method"]) == (text, method)}
             lines.append([f"{method}, {text}", *(_cell(cells.get(b)) for b in bits)])
     return markdown_table(["ln(ppl / full), KL", *(f"{b:g} read bits" for b in bits)], lines)
 

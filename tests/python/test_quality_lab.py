@@ -122,6 +122,19 @@ def test_tables_hold_a_line_for_each_method_and_text() -> None:
     assert "0.2000, 0.1000" in stored
 
 
+def test_the_picture_has_a_point_from_the_last_run_that_holds_it() -> None:
+    def result(*rows: tuple[str, float, float]) -> dict[str, Any]:
+        same = {"model": "m", "text": "t", "target": None, "stored_bits": 8.0}
+        return {"rows": [same | {"method": method, "read_bits": bits, "kl": kl} for method, bits, kl in rows]}
+
+    found = quality_report._latest(
+        [result(("grinqh", 3.0, 0.2), ("grinqh", 4.0, 0.1), ("RTN", 3.0, 1.0)), result(("grinqh", 3.0, 0.05))]
+    )
+    assert {(row["method"], row["read_bits"]): row["kl"] for row in found} == {
+        ("grinqh", 3.0): 0.05, ("grinqh", 4.0): 0.1, ("RTN", 3.0): 1.0
+    }  # fmt: skip
+
+
 def test_messages_of_a_catalogue_are_whole_sentences(tmp_path: Path) -> None:
     folder = tmp_path / "conf" / "locale" / "de" / "LC_MESSAGES"
     folder.mkdir(parents=True)
