@@ -12,7 +12,7 @@ from tiny_models import calibrated, tiny_model, token_ids
 from torch import Tensor, nn
 
 import grinqh
-from grinqh import GrinqhConfig, GrinqhLinear, packing
+from grinqh import GrinqhConfig, GrinqhLinear, compensation, packing
 from grinqh.calibration import _groups_within
 from grinqh.compensation import Task, compensated
 from grinqh.config import LayerFormat
@@ -78,6 +78,16 @@ def test_layers_rounded_together_are_rounded_as_each_by_itself() -> None:
         exact, x = task.layer.dense(), correlated(99, 40, 7)
         errors = [output_error(with_tensors(task.layer, each), exact, x) for each in (tensors, alone)]
         assert errors[0] == pytest.approx(errors[1], rel=0.02)  # sums may be taken in another order
+
+
+def test_errors_are_carried_beyond_the_channels_of_a_panel(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, seen = packed(70, 96), correlated(300, 96)
+    exact, errors = layer.dense(), []
+    for panel in (8, 96):
+        monkeypatch.setattr(compensation, "PANEL", panel)
+        anew = with_tensors(layer, *compensated([Task(layer, seen.T @ seen / 300, [96, 96, 20, 5])]))
+        errors.append(output_error(anew, exact, seen))
+    assert errors[0] == pytest.approx(errors[1], rel=0.02)  # sums are taken in another order
 
 
 @given(n=st.integers(1, 80), k=st.integers(1, 40), seed=st.integers(0, 99), data=st.data())
