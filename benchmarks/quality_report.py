@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -126,10 +127,11 @@ def _plot(rows: list[Row]) -> None:
                 of_method = [r for r in rows if (r["model"], r["method"]) == (model, method)]
                 if kind == "stored":  # one point for each memory: at 3 read bits where there is a dial
                     of_method = [r for r in of_method if r["target"] in (None, 3.0)]
-                points = defaultdict(list)
+                settings = defaultdict(list)  # texts read somewhat different bits at one setting
                 for row in of_method:
-                    points[round(row[f"{kind}_bits"] + row["scale_bits"], 1)].append(row["kl"])
-                curve = sorted((bits, sum(kls) / len(kls)) for bits, kls in points.items())
+                    place = (row[f"{kind}_bits"] + row["scale_bits"], row["kl"])
+                    settings[_bits(row), round(row["stored_bits"])].append(place)
+                curve = sorted(tuple(map(statistics.mean, zip(*of, strict=True))) for of in settings.values())
                 style = "o-" if method.startswith("grinqh") else "s--"
                 axis.semilogy(*zip(*curve, strict=True), style, markersize=4, label=method)
             axis.set(xlabel=f"bits {kind} per weight, scales included", ylabel="KL divergence (nats)")
