@@ -1,6 +1,6 @@
 """Quality against bits: grinqh beside the known methods, on the same models, layers, calibration and texts.
 
-    python benchmarks/quality.py --json benchmarks/results/quality.json    # --device cuda: minutes in place of an hour
+    python benchmarks/quality.py --json benchmarks/results/quality.json    # --device cuda for a GPU
     python benchmarks/quality.py --report benchmarks/results/quality.json    # docs/quality.md and its picture
 
 Every method quantizes every linear layer but the head, with the first half of Python's help topics as calibration
