@@ -33,6 +33,21 @@ GemvArgs device_args(const GemvParams& p) {
   a.n = static_cast<int>(w.n);
   a.k = static_cast<int>(w.k);
   a.tiles = static_cast<int>(tile_count(w.n));
+  a.planes = w.widths.count;
+  a.slots = static_cast<int>(p.plan.slots);
+  a.sections = p.plan.sections;
+  int column = 0;
+  for (int s = 0; s < a.sections; ++s) {
+    const auto [begin, end] = p.grading.sections.outputs(s, w.n);
+    const auto [first_tile, end_tile] = section_tiles(p.grading.sections, s, w.n);
+    a.section[s] = {column,
+                    p.plan.section_columns[s],
+                    static_cast<int>(first_tile),
+                    static_cast<int>(end_tile),
+                    static_cast<int>(begin),
+                    static_cast<int>(end)};
+    column += p.plan.section_columns[s];
+  }
   int bits = 0;
   for (int plane = 0; plane < w.widths.count; ++plane) {
     const int width = sub_width(w.widths.width[plane]);
@@ -49,7 +64,7 @@ GemvArgs device_args(const GemvParams& p) {
   a.slices = p.plan.slices;
   a.prefetch_slabs = p.plan.prefetch_slabs;
   a.overlap = p.overlap ? 1 : 0;
-  a.tickets = p.plan.drawn ? p.arrivals + gemv_tile_counters(p.plan, w.n, p.m) : nullptr;
+  a.tickets = p.plan.drawn ? p.arrivals + gemv_tile_counters(p.plan, p.m) : nullptr;
   while (1 << a.k_warp_bits < p.plan.k_warps) ++a.k_warp_bits;
   a.columns = p.plan.columns;
   a.chunks = (a.k + kSlab - 1) / kSlab;

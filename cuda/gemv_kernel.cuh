@@ -40,6 +40,13 @@ struct Subplane {
   int run;    // bytes
 };
 
+// A section of the outputs: the blocks that work for it, its tiles and outputs.
+struct SectionArgs {
+  int first_column, columns;
+  int first_tile, end_tile;
+  int begin, end;
+};
+
 __host__ __device__ constexpr int item(std::uint64_t table, int i) { return static_cast<int>(table >> (4 * i) & 15); }
 
 // 2^(1 - bits): what a unit of a subplane's bits weighs.
@@ -66,7 +73,7 @@ struct alignas(64) GemvArgs {
   const void* norm_weight;  // [k] or null
   float norm_eps;
   int gated;
-  unsigned* tickets;  // [row groups][slices], or null: every group of warps takes its tiles in a fixed stride
+  unsigned* tickets;  // [row groups][slices][sections], or null: groups of warps take their tiles in a fixed stride
   Dtype dtype;
   int m, n;
   int slice_channels;  // at most, in one slice; whole slabs
@@ -80,9 +87,12 @@ struct alignas(64) GemvArgs {
   const void* bias;
   const void* residual;  // [m][n] or null
   void* y;
-  float* partial;
-  unsigned* arrivals;  // [row groups][tiles][parts of a tile's outputs]
-  int overlap;         // 1: programmatic dependent launch
+  float* partial;      // [slices][m][slots][kTile]
+  unsigned* arrivals;  // [row groups][slots][parts of a tile's outputs]
+  int slots;
+  int planes, sections;
+  SectionArgs section[kMaxSections];
+  int overlap;  // 1: programmatic dependent launch
 };
 
 // Channels are sorted by importance, so slices take chunks of 32 in turn, back and forth.
@@ -185,7 +195,13 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
   const int slice = blockIdx.x, first_row = blockIdx.z * kRows, rows = min(kRows, a.m - first_row);
   const int k_warps = 1 << a.k_warp_bits, groups = kWarps >> a.k_warp_bits;
   const int group = warp >> a.k_warp_bits, k_warp = warp & (k_warps - 1);
-  const int workers = a.columns * groups, first_tile = blockIdx.y * groups + group;  // workers: groups on this slice
+  int section = 0;
+#pragma unroll
+  for (int s = 1; s < kMaxSections; ++s)
+    section += s < a.sections && static_cast<int>(blockIdx.y) >= a.section[s].first_column ? 1 : 0;
+  const int begin_tile = a.section[section].first_tile, end_tile = a.section[section].end_tile;
+  const int workers = a.section[section].columns * groups;  // groups on this slice of the section
+  const int first_tile = begin_tile + (blockIdx.y - a.section[section].first_column) * groups + group;
   const bool leader = k_warp == 0 && lane == 0;
   int* sums = reinterpret_cast<int*>(shared + Layout::kSums) + group * kRows * Layout::kSumsRow;
   int* entries = reinterpret_cast<int*>(shared + Layout::entries(groups));
@@ -215,28 +231,29 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
   };
   Channel channel = read_channel(warp), next_channel = read_channel(warp + kWarps);
   // What is written before this kernel runs may be fetched to L2 all the same, if not read.
-  if (warp == 0 && lane < 2) ptx::prefetch(lane ? a.gain : a.thresholds);
+  const float* thresholds = a.thresholds + section * a.planes;
+  if (warp == 0 && lane < 2) ptx::prefetch(lane ? a.gain : thresholds);
   if (kAround && a.norm_weight) {
 #pragma unroll 1
     for (int i = threadIdx.x * 32; i < a.k; i += kWarps * 32 * 32)  // 64 bytes of 2, or 128 of 4 each
       ptx::prefetch(static_cast<const std::uint8_t*>(a.norm_weight) + i * (a.dtype == Dtype::f32 ? 4 : 2));
   }
   const auto prefetch_outputs = [&](int tile) {
-    if (k_warp != 0 || tile >= a.tiles) return;
+    if (k_warp != 0 || tile >= end_tile) return;
     if (lane < kTile / 32 && tile * kTile + lane * 32 < a.n) ptx::prefetch(a.row_scale + tile * kTile + lane * 32);
     if (kAround && a.residual && lane >= 16 && lane < 16 + kTile / 32 && tile * kTile + (lane - 16) * 32 < a.n)
       ptx::prefetch(static_cast<const std::uint8_t*>(a.residual) +
                     (first_row * std::int64_t{a.n} + tile * kTile + (lane - 16) * 32) *
                         (a.dtype == Dtype::f32 ? 4 : 2));
     if (lane == kTile / 32 && a.slices > 1)
-      ptx::prefetch(a.arrivals + (blockIdx.z * a.tiles + tile) * gemv_parts(k_warps, kRows));
+      ptx::prefetch(a.arrivals + (blockIdx.z * a.slots + tile + section) * gemv_parts(k_warps, kRows));
   };
   prefetch_outputs(first_tile);
 #pragma unroll 1
   for (int i = 0; i < a.prefetch_slabs; ++i) {
     // Nearly every channel's first subplane will be read, so the list's slabs begin about where the chunks do.
     const int chunk = slice_chunk(k_warp + i * k_warps, slice, a.slices), index = chunk * kSlab + lane;
-    if (index < a.sub[0].channels && first_tile < a.tiles) {
+    if (index < a.sub[0].channels && first_tile < end_tile) {
       ptx::prefetch(a.sub[0].runs + run_offset(first_tile, index, a.sub[0].channels, a.sub[0].run));
       if (lane % (64 / kBlocks) == 0)
         ptx::prefetch(a.scale + (static_cast<std::int64_t>(first_tile) * a.k + index) * kBlocks);
@@ -256,7 +273,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
   __syncthreads();
   ptx::wait_for_previous_kernel();
   ptx::launch_dependents();
-  unsigned* ticket = a.tickets ? a.tickets + blockIdx.z * a.slices + slice : nullptr;
+  unsigned* ticket = a.tickets ? a.tickets + (blockIdx.z * a.slices + slice) * a.sections + section : nullptr;
   // Every group draws once here and once for each tile it works on, so the last draw is known by its number.
   unsigned first_draw = 0;
   if (leader && ticket) first_draw = atomicAdd(ticket, 1);
@@ -264,7 +281,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
   // Grade the slice and list its entries: one list of channels for each subplane. Every load is issued before
   // the first result is used.
   const bool holds = lane < 16 && lane % 8 < a.subs;  // lane s: subplane s's threshold, lane 8 + s: its gain
-  const float held = holds ? __ldcg(&(lane < 8 ? a.thresholds : a.gain)[item(a.grade_of, lane % 8) - 1]) : 0.0f;
+  const float held = holds ? __ldcg(&(lane < 8 ? thresholds : a.gain)[item(a.grade_of, lane % 8) - 1]) : 0.0f;
   const auto read_x = [&](const Channel& c, int m) {
     return c.index < a.sub[0].channels && m < rows ? load_bits(a.x, (first_row + m) * a.x_stride + c.feature, a.dtype)
                                                    : 0;
@@ -383,7 +400,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
   // blocks of a slice have the same list, so they agree.
   const bool drawn = ticket && slabs >= (kStages - 1) * k_warps;
   if (leader && ticket) {
-    tile_queue[group][1] = workers + static_cast<int>(first_draw);
+    tile_queue[group][1] = begin_tile + workers + static_cast<int>(first_draw);
     if (!drawn && first_draw == static_cast<unsigned>(workers) - 1) *ticket = 0;
   }
   if (drawn) meet();
@@ -410,15 +427,15 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
   const std::uint32_t run_to = ptx::kept(ring_at + row_of(4 * g) * 64 + (t ^ (g / 2 % 2 * 2)) * 16);
   const std::uint32_t scale_to = ptx::kept(ring_at + Layout::kCodeBytes + row_of(lane) * 2 * kBlocks);
   const std::uint32_t list_at = ptx::kept(entries_at + g * 16);
-  int load_tile = slabs ? first_tile : a.tiles, load_slab = k_warp, load_turn = 0;
+  int load_tile = slabs ? first_tile : end_tile, load_slab = k_warp, load_turn = 0;
   const auto load = [&](std::uint32_t stage_at) {
     Slab slab{};
-    while (load_slab >= slabs && load_tile < a.tiles) {
+    while (load_slab >= slabs && load_tile < end_tile) {
       load_slab -= slabs;
       ++load_turn;
       load_tile = drawn ? tile_queue[group][load_turn % 4] : load_tile + workers;
     }
-    if (load_tile < a.tiles) {
+    if (load_tile < end_tile) {
       slab = find(load_slab);
       const Source from = source[slab.sub];
       slab.unit = from.unit;
@@ -486,7 +503,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
                 free_at = (kStages - 1) * Layout::kStageBytes;  // the slab's stage; that of the one before
   int slab = k_warp, turn = 0;
 #pragma unroll 1
-  for (int tile = first_tile; tile < a.tiles;) {
+  for (int tile = first_tile; tile < end_tile;) {
     // For the turn after the next; nothing waits for it before this tile is done.
     const unsigned later = leader && drawn ? atomicAdd(ticket, 1) : 0;
 #pragma unroll 1
@@ -635,19 +652,20 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
     }
     clear();
     if (leader && drawn) {
-      tile_queue[group][(turn + 2) % 4] = workers + static_cast<int>(later);
-      if (later == static_cast<unsigned>(workers + a.tiles) - 1) *ticket = 0;
+      tile_queue[group][(turn + 2) % 4] = begin_tile + workers + static_cast<int>(later);
+      if (later == static_cast<unsigned>(workers + end_tile - begin_tile) - 1) *ticket = 0;
     }
     meet();
 
     // Shared memory -> float32 of the slice, or the result where there is one slice only; four outputs a thread. From
     // here on every warp goes its own way: its part of the tile has an arrival counter of its own.
     const int first_output = (k_warp * 32 + lane) * 4, step = k_warps * 128;
-    const std::int64_t slice_stride = static_cast<std::int64_t>(a.m) * a.tiles * kTile;
+    const std::int64_t slice_stride = static_cast<std::int64_t>(a.m) * a.slots * kTile;
     const auto part_of = [&](int i) {  // the place of outputs i.. of a slice's sums
       const std::int64_t row = first_row + i / kTile;
-      return (row * a.tiles + tile) * kTile + i % kTile;
+      return (row * a.slots + tile + section) * kTile + i % kTile;
     };
+    const int from_output = a.section[section].begin, to_output = a.section[section].end;
     struct Outputs {  // what the results of four outputs need besides their sums
       float scale[4];
       unsigned bias[4], residual[4];
@@ -658,7 +676,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
       const std::int64_t place = (first_row + i / kTile) * std::int64_t{a.n} + output;
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const bool exists = output + e < a.n;
+        const bool exists = output + e >= from_output && output + e < to_output;
         outputs.scale[e] = exists ? __ldg(&a.row_scale[output + e]) : 0.0f;
         outputs.bias[e] = exists && a.bias ? load_bits(a.bias, output + e, a.dtype) : 0;
         outputs.residual[e] = kAround && exists && a.residual ? load_bits(a.residual, place + e, a.dtype) : 0;
@@ -674,7 +692,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
         float y = total[e] * outputs.scale[e];
         if (a.bias) y += to_float(outputs.bias[e], a.dtype);
         if (kAround && a.residual) y = rounded(y, a.dtype) + to_float(outputs.residual[e], a.dtype);
-        if (output + e < a.n) store_number(a.y, place + e, a.dtype, y);
+        if (output + e >= from_output && output + e < to_output) store_number(a.y, place + e, a.dtype, y);
       }
     };
 #pragma unroll 1
@@ -699,7 +717,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
       }
     }
     if (a.slices > 1 && k_warp * 128 < rows * kTile) {
-      unsigned* arrivals = a.arrivals + (blockIdx.z * a.tiles + tile) * gemv_parts(k_warps, kRows) + k_warp;
+      unsigned* arrivals = a.arrivals + (blockIdx.z * a.slots + tile + section) * gemv_parts(k_warps, kRows) + k_warp;
       bool last = false;
       // The warp's barriers carry its stores to the counter, and the others' stores from it.
       __syncwarp();
@@ -727,7 +745,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
     }
     ++turn;
     tile = drawn ? tile_queue[group][turn % 4] : tile + workers;
-    if (tile < a.tiles) meet();  // before the next tile's sums
+    if (tile < end_tile) meet();  // before the next tile's sums
     prefetch_outputs(tile);
   }
 }

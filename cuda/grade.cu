@@ -19,7 +19,9 @@ struct RowArgs {
   int width[kMaxPlanes];
   int planes;
   Dtype dtype;
-  std::int64_t k;
+  std::int64_t k, m;
+  int sections;
+  std::int64_t outputs[kMaxSections];  // of each section
 };
 
 RowArgs row_args(const GradeParams& p) {
@@ -33,11 +35,16 @@ RowArgs row_args(const GradeParams& p) {
             {},
             p.weight.widths.count,
             p.dtype,
-            p.weight.k};
+            p.weight.k,
+            p.m,
+            p.grading.sections.count,
+            {}};
   for (int plane = 0; plane < a.planes; ++plane) {
     a.channels[plane] = p.weight.channels[plane];
     a.width[plane] = p.weight.widths.width[plane];
   }
+  // Only proportions count, so a single section need not know its outputs.
+  for (int s = 0; s < a.sections; ++s) a.outputs[s] = a.sections == 1 ? 1 : p.grading.sections.size[s];
   return a;
 }
 
@@ -57,15 +64,31 @@ __device__ long long block_sum(long long value) {
   return sum;
 }
 
+// The grade of stored channel c in a section.
+__device__ int grade_of(const RowArgs& a, int section, std::int64_t c, float importance, float factor) {
+  int grade = 0;
+  for (int p = 0; p < a.planes && c < a.channels[p]; ++p) {
+    grade += !(importance < scaled_threshold(a.thresholds[section * a.planes + p], factor));
+  }
+  return grade;
+}
+
 __device__ long long bits_read(const RowArgs& a, std::int64_t row, float factor) {
   long long bits = 0;
   for (std::int64_t c = threadIdx.x; c < a.k; c += kThreads) {
     const float value = importance(a, row, c);
-    for (int p = 0; p < a.planes && c < a.channels[p]; ++p) {
-      if (!(value < scaled_threshold(a.thresholds[p], factor))) bits += a.width[p];
+    for (int s = 0; s < a.sections; ++s) {
+      const int grade = grade_of(a, s, c, value, factor);
+      for (int p = 0; p < grade; ++p) bits += a.width[p] * a.outputs[s];
     }
   }
   return block_sum(bits);
+}
+
+__device__ double weights_counted(const RowArgs& a) {
+  long long outputs = 0;
+  for (int s = 0; s < a.sections; ++s) outputs += a.outputs[s];
+  return static_cast<double>(outputs * a.k);
 }
 
 __global__ void __launch_bounds__(kThreads) grade_kernel(RowArgs a, std::uint8_t* grades) {
@@ -73,24 +96,22 @@ __global__ void __launch_bounds__(kThreads) grade_kernel(RowArgs a, std::uint8_t
   const float factor = a.factor ? a.factor[row] : 1.0f;
   for (std::int64_t c = threadIdx.x; c < a.k; c += kThreads) {
     const float value = importance(a, row, c);
-    int grade = 0;
-    for (int p = 0; p < a.planes && c < a.channels[p]; ++p) {
-      grade += !(value < scaled_threshold(a.thresholds[p], factor));
+    for (int s = 0; s < a.sections; ++s) {
+      grades[(s * a.m + row) * a.k + c] = static_cast<std::uint8_t>(grade_of(a, s, c, value, factor));
     }
-    grades[row * a.k + c] = static_cast<std::uint8_t>(grade);
   }
 }
 
 __global__ void __launch_bounds__(kThreads) read_bits_kernel(RowArgs a, float* read_bits) {
   const std::int64_t row = blockIdx.x;
   const long long bits = bits_read(a, row, a.factor ? a.factor[row] : 1.0f);
-  if (threadIdx.x == 0) read_bits[row] = static_cast<float>(static_cast<double>(bits) / static_cast<double>(a.k));
+  if (threadIdx.x == 0) read_bits[row] = static_cast<float>(static_cast<double>(bits) / weights_counted(a));
 }
 
 // Positive floats are ordered as their bit patterns are, and the bits read never grow with the factor.
 __global__ void __launch_bounds__(kThreads) fit_budget_kernel(RowArgs a, const float* budget, float* factor) {
   const std::int64_t row = blockIdx.x;
-  const double allowed = static_cast<double>(*budget) * static_cast<double>(a.k);
+  const double allowed = static_cast<double>(*budget) * weights_counted(a);
   unsigned low = 0, high = 0x7f7fffffu;  // 0 and the largest finite float
   while (low < high) {
     const unsigned middle = low + (high - low) / 2;

@@ -47,7 +47,7 @@ struct GemvParams {
 };
 Status gemv(const GemvParams& params, cudaStream_t stream);
 
-// Grades of the stored channels of each row of x, and what they add up to.
+// Grades of the stored channels for each section of the outputs and row of x, and what they add up to.
 struct GradeParams {
   const void* x;  // [m][k]
   std::int64_t m;
@@ -56,7 +56,7 @@ struct GradeParams {
   PackedWeight weight;  // only k, widths, channels and channel_order are read
   Grading grading;
   const float* factor;   // [m] of fit_budget, or null
-  std::uint8_t* grades;  // out [m][k], or null
+  std::uint8_t* grades;  // out [sections][m][k], or null
   float* read_bits;      // out [m] mean bits read per weight, or null
 };
 Status grade(const GradeParams& params, cudaStream_t stream);

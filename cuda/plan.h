@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "grinqh/types.h"
 #include "layout.h"
 
 namespace grinqh::cuda {
@@ -13,10 +14,16 @@ namespace grinqh::cuda {
 //            slices ->
 //   columns  [block][block][block]      block: warps / k_warps groups, each at a tile of its own
 //      |     [block][block][block]
+//
+// A column works for one section of the outputs, whose thresholds it grades with. A section may begin within a tile:
+// that tile is then worked on twice, in two slots, tile + section.
 struct GemvPlan {
-  int slices = 1;          // parts of K
-  int k_warps = 1;         // warps that share a tile: 1, 2, 4, 8 or 16
-  int columns = 1;         // blocks for each slice
+  int slices = 1;                           // parts of K
+  int k_warps = 1;                          // warps that share a tile: 1, 2, 4, 8 or 16
+  int columns = 1;                          // blocks for each slice
+  int section_columns[kMaxSections] = {1};  // those of each section, one section after the other
+  int sections = 1;
+  std::int64_t slots = 0;  // of tiles
   bool drawn = false;      // groups draw their next tile from a counter instead of a fixed stride
   int prefetch_slabs = 0;  // slabs of the first subplane that a warp fetches to L2 before x is known
   bool large = true;       // the kernels for GPUs with much shared memory
@@ -26,6 +33,7 @@ struct GemvShape {
   std::int64_t n = 0, k = 0, m = 1;
   int subplanes = 4;
   bool one_bit = false;  // a plane has 1 bit
+  Sections sections = {};
   bool operator==(const GemvShape&) const = default;
 };
 
@@ -61,6 +69,14 @@ constexpr std::int64_t gemv_layers(std::int64_t m, bool large) {
   return (m + rows - 1) / rows;
 }
 
+struct TileRange {
+  std::int64_t begin, end;
+};
+inline TileRange section_tiles(const Sections& sections, int section, std::int64_t n) {
+  const auto [begin, end] = sections.outputs(section, n);
+  return {begin / kTile, tile_count(end)};
+}
+
 namespace plan_detail {
 
 inline constexpr int kLargeShared = 200 * 1024;  // A100, H100, B200; 99 KB elsewhere
@@ -93,22 +109,46 @@ struct Cut {
   double cost = 1e30;
 };
 
+// Shares out at most so many columns, but one for each section at least, so that the slowest section has few turns.
+inline void share_columns(const std::int64_t* wanted, std::int64_t most, GemvPlan& plan) {
+  for (int s = 0; s < plan.sections; ++s) plan.section_columns[s] = 1;
+  for (plan.columns = plan.sections; plan.columns < most; ++plan.columns) {
+    int slowest = 0;
+    for (int s = 1; s < plan.sections; ++s) {
+      if (wanted[s] * plan.section_columns[slowest] > wanted[slowest] * plan.section_columns[s]) slowest = s;
+    }
+    if (plan.section_columns[slowest] >= wanted[slowest]) return;
+    ++plan.section_columns[slowest];
+  }
+}
+
 inline Cut best_with_slices(const GemvShape& shape, const Gpu& gpu, int slices, const GemvInstance& instance) {
   Cut best;
   const int warps = instance.warps, chunks = static_cast<int>((shape.k + kSlab - 1) / kSlab);
-  const std::int64_t tiles = tile_count(shape.n);
+  const int sections = shape.sections.count;
+  std::int64_t tiles[kMaxSections] = {}, wanted[kMaxSections] = {};  // of each section: tiles; turns with one column
+  for (int s = 0; s < sections; ++s) {
+    const TileRange range = section_tiles(shape.sections, s, shape.n);
+    tiles[s] = range.end - range.begin;
+  }
   const int slice_chunks = (chunks + slices - 1) / slices;
   const double fixed = (slice_chunks + warps - 1) / warps * kPerRound + slices * kPerSlice;
   for (int k_warps = 1; k_warps <= warps; k_warps *= 2) {
     if (shared_bytes(instance, k_warps, shape.subplanes, slice_chunks) > gpu.shared_bytes) continue;
     const int groups = warps / k_warps;
-    const std::int64_t wanted = (tiles + groups - 1) / groups;
-    const int columns = static_cast<int>(std::min<std::int64_t>(wanted, std::max(1, gpu.multiprocessors / slices)));
-    const double turns = static_cast<double>(tiles) / (columns * groups);
-    const bool drawn = turns >= 3;
-    const double whole = drawn ? turns + 0.5 : static_cast<double>((wanted + columns - 1) / columns);
+    for (int s = 0; s < sections; ++s) wanted[s] = (tiles[s] + groups - 1) / groups;
+    GemvPlan plan{.slices = slices, .k_warps = k_warps, .sections = sections};
+    share_columns(wanted, gpu.multiprocessors / slices, plan);
+    double turns = 0, whole = 0;  // of the slowest section
+    for (int s = 0; s < sections; ++s) {
+      const int columns = plan.section_columns[s];
+      turns = std::max(turns, static_cast<double>(tiles[s]) / (columns * groups));
+      whole = std::max(whole, static_cast<double>((wanted[s] + columns - 1) / columns));
+    }
+    plan.drawn = turns >= 3;
+    if (plan.drawn) whole = turns + 0.5;
     const double cost = fixed + whole * (groups * slice_chunks * kSlab * kPerChannelTile) + (whole - 1) * kPerTurn;
-    if (cost < best.cost) best = {{slices, k_warps, columns, drawn, 0, true}, cost};
+    if (cost < best.cost) best = {plan, cost};
   }
   return best;
 }
@@ -130,22 +170,22 @@ inline GemvPlan plan_gemv(const GemvShape& shape, const Gpu& gpu) {
     if (const Cut next = cut(slices, 1); next.cost < best.cost) best = next;
   }
   GemvPlan plan = shape.m == 1 ? best.plan : cut(best.plan.slices, shape.m).plan;
+  plan.slots = tile_count(shape.n) + shape.sections.count - 1;
   plan.prefetch_slabs = 2;
   plan.large = large;
   return plan;
 }
 
-// Workspace: floats for the slices' sums, and counters (one for each part of a tile, then one for each slice, in every
-// layer of the grid) that are zero before and after.
-constexpr std::int64_t gemv_partial_count(const GemvPlan& plan, std::int64_t n, std::int64_t m) {
-  return plan.slices > 1 ? plan.slices * m * tile_count(n) * kTile : 0;
+// Workspace: floats for the slices' sums, and counters (one for each part of a tile, then one for each slice and
+// section, in every layer of the grid) that are zero before and after.
+constexpr std::int64_t gemv_partial_count(const GemvPlan& plan, std::int64_t m) {
+  return plan.slices > 1 ? plan.slices * m * plan.slots * kTile : 0;
 }
-constexpr std::int64_t gemv_tile_counters(const GemvPlan& plan, std::int64_t n, std::int64_t m) {
-  return gemv_layers(m, plan.large) * tile_count(n) *
-         gemv_parts(plan.k_warps, gemv_instance(m, false, plan.large).rows);
+constexpr std::int64_t gemv_tile_counters(const GemvPlan& plan, std::int64_t m) {
+  return gemv_layers(m, plan.large) * plan.slots * gemv_parts(plan.k_warps, gemv_instance(m, false, plan.large).rows);
 }
-constexpr std::int64_t gemv_counter_count(const GemvPlan& plan, std::int64_t n, std::int64_t m) {
-  return gemv_tile_counters(plan, n, m) + gemv_layers(m, plan.large) * plan.slices;
+constexpr std::int64_t gemv_counter_count(const GemvPlan& plan, std::int64_t m) {
+  return gemv_tile_counters(plan, m) + gemv_layers(m, plan.large) * plan.slices * plan.sections;
 }
 
 }  // namespace grinqh::cuda

@@ -26,29 +26,41 @@ struct NonFinite {
 
 std::int64_t pieces(std::int64_t whole, std::int64_t piece) { return (whole + piece - 1) / piece; }
 
-// How the work is cut, by the layer's size alone: ranges of outputs, as wide as a kernel takes because long runs of
-// each channel are what memory delivers fastest, and slices of channels, at least so many that there is work for a
-// few threads. The sums of the slices are added in order.
+// How the work is cut, by the layer's size and sections alone: ranges of outputs, as wide as a kernel takes because
+// long runs of each channel are what memory delivers fastest, and slices of channels, at least so many that there is
+// work for a few threads. The sums of the slices are added in order.
 struct Partition {
   static constexpr std::int64_t kSliceChannels = 1024;
   static constexpr std::int64_t kEnoughPieces = 4;
-  std::int64_t n, k, ranges, slices, range_width, slice_width;
+  struct OutputRange {
+    int section;
+    std::int64_t first;   // output that counts: a section may begin within a tile
+    cpu::Range computed;  // from the beginning of that tile
+  };
+  std::int64_t k, slices, range_width, slice_width;
+  std::vector<OutputRange> ranges;
 
-  Partition(std::int64_t n_, std::int64_t k_) : n(n_), k(k_) {
-    ranges = pieces(n, cpu::kMaxOutputs);
-    range_width = pieces(pieces(n, ranges), cpu::kTile) * cpu::kTile;
-    ranges = pieces(n, range_width);
-    slices = std::min(std::max(pieces(k, kSliceChannels), pieces(kEnoughPieces, ranges)), pieces(k, cpu::kTile));
+  Partition(const Sections& sections, std::int64_t n, std::int64_t k_) : k(k_) {
+    range_width = pieces(pieces(n, pieces(n, cpu::kMaxOutputs)), cpu::kTile) * cpu::kTile;
+    for (int section = 0; section < sections.count; ++section) {
+      const auto [first, end] = sections.outputs(section, n);
+      for (std::int64_t begin = first / cpu::kTile * cpu::kTile; begin < end; begin += range_width) {
+        ranges.push_back({section, std::max(first, begin), {begin, std::min(end, begin + range_width)}});
+      }
+    }
+    const auto count = static_cast<std::int64_t>(ranges.size());
+    slices = std::min(std::max(pieces(k, kSliceChannels), pieces(kEnoughPieces, count)), pieces(k, cpu::kTile));
     slice_width = pieces(k, slices);
     slices = pieces(k, slice_width);
   }
   // The slice that is worked on as the i-th: from both ends in turn, because threads take slices that follow each
   // other, and the first stored channels are read most.
   std::int64_t slice_at(std::int64_t i) const { return i % 2 == 0 ? i / 2 : slices - 1 - i / 2; }
-  cpu::Range outputs(std::int64_t range) const { return {range * range_width, std::min(n, (range + 1) * range_width)}; }
+  std::int64_t range_count() const { return static_cast<std::int64_t>(ranges.size()); }
+  const OutputRange& range(std::int64_t i) const { return ranges[static_cast<std::size_t>(i)]; }
 };
 
-// What is known of a slice of a row before its weights are touched.
+// What is known of a slice of a row, for one section of the outputs, before its weights are touched.
 struct PreparedSlice {
   std::vector<float> values;  // x in stored order
   std::vector<std::uint8_t> grades;
@@ -113,13 +125,13 @@ void list_by_grade(const PackedWeight& weight, std::int64_t first, PreparedSlice
   slice.graded.coefficient = slice.coefficient.data();
 }
 
-void prepare_slice(const GemvParams& params, const void* x_row, const RowThresholds& thresholds, std::int64_t first,
-                   std::int64_t last, PreparedSlice& slice) {
+void prepare_slice(const GemvParams& params, const void* x_row, const RowThresholds& thresholds, int section,
+                   std::int64_t first, std::int64_t last, PreparedSlice& slice) {
   const PackedWeight& weight = params.weight;
   slice.values.resize(static_cast<std::size_t>(last - first));
   slice.grades.resize(slice.values.size());
   gather_row(x_row, params.dtype, weight, first, slice.values);
-  grade_channels(weight, params.grading, thresholds, first, slice.values, slice.grades);
+  grade_channels(weight, params.grading, thresholds, section, first, slice.values, slice.grades);
   slice.bits = 0;
   slice.non_finite.clear();
   for (std::size_t c = 0; c < slice.values.size(); ++c) {
@@ -151,29 +163,34 @@ class RowBatch {
       : params_(params),
         executor_(executor),
         kernels_(cpu::kernels_for(params.isa)),
-        partition_(params.weight.n, params.weight.k) {
+        partition_(params.grading.sections, params.weight.n, params.weight.k) {
     const std::int64_t rows = std::min(params.m, kRowsAtOnce);
-    prepared_.resize(static_cast<std::size_t>(rows * partition_.slices));
-    sums_.resize(static_cast<std::size_t>(rows * partition_.slices * partition_.ranges * partition_.range_width));
+    prepared_.resize(static_cast<std::size_t>(sections() * rows * partition_.slices));
+    sums_.resize(
+        static_cast<std::size_t>(rows * partition_.slices * partition_.range_count() * partition_.range_width));
   }
 
   void multiply(std::int64_t first, std::int64_t count) {
     prepare(first, count);
     // Rows are innermost, so that they meet a piece of the weights in the cache.
-    parallel_for(executor_, partition_.ranges * partition_.slices, 1, [&](std::int64_t begin, std::int64_t end) {
+    parallel_for(executor_, partition_.range_count() * partition_.slices, 1, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t piece = begin; piece < end; ++piece) {
         const std::int64_t range = piece / partition_.slices;
         const std::int64_t slice = partition_.slice_at(piece % partition_.slices);
+        const auto& [section, _, outputs] = partition_.range(range);
         for (std::int64_t r = 0; r < count; ++r) {
           float* sums = sums_of(r, slice, range);
-          kernels_.sum_channels(params_.weight, slice_of(r, slice).graded, partition_.outputs(range), sums);
-          add_non_finite(params_.weight, kernels_, slice_of(r, slice), partition_.outputs(range), sums);
+          const PreparedSlice& prepared = slice_of(section, r, slice);
+          kernels_.sum_channels(params_.weight, prepared.graded, outputs, sums);
+          add_non_finite(params_.weight, kernels_, prepared, outputs, sums);
         }
       }
     });
-    parallel_for(executor_, partition_.ranges * count, 4, [&](std::int64_t begin, std::int64_t end) {
+    parallel_for(executor_, partition_.range_count() * count, 4, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t i = begin; i < end; ++i) finish(first, i % count, i / count);
     });
+    if (params_.read_bits == nullptr) return;
+    for (std::int64_t r = 0; r < count; ++r) params_.read_bits[first + r] = mean_read_bits(r);
   }
 
  private:
@@ -187,45 +204,53 @@ class RowBatch {
       thresholds[static_cast<std::size_t>(r)] =
           row_thresholds(params_.weight, params_.grading, x_row(r), params_.dtype);
     }
-    parallel_for(executor_, count * partition_.slices, 1, [&](std::int64_t begin, std::int64_t end) {
+    parallel_for(executor_, sections() * count * partition_.slices, 1, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t i = begin; i < end; ++i) {
-        const std::int64_t r = i / partition_.slices;
-        const std::int64_t from = i % partition_.slices * partition_.slice_width;
+        const std::int64_t r = i / partition_.slices % count, slice = i % partition_.slices;
+        const auto section = static_cast<int>(i / partition_.slices / count);
+        const std::int64_t from = slice * partition_.slice_width;
         const std::int64_t to = std::min(partition_.k, from + partition_.slice_width);
-        prepare_slice(params_, x_row(r), thresholds[static_cast<std::size_t>(r)], from, to,
-                      prepared_[static_cast<std::size_t>(i)]);
+        prepare_slice(params_, x_row(r), thresholds[static_cast<std::size_t>(r)], section, from, to,
+                      slice_of(section, r, slice));
       }
     });
   }
 
   // y of one row and range, from the sums of its slices.
   void finish(std::int64_t first, std::int64_t r, std::int64_t range) {
-    const cpu::Range outputs = partition_.outputs(range);
-    const std::int64_t count = outputs.end - outputs.begin;
+    const Partition::OutputRange& outputs = partition_.range(range);
+    const std::int64_t skipped = outputs.first - outputs.computed.begin;
+    const std::int64_t count = outputs.computed.end - outputs.computed.begin;
     const std::int64_t m = first + r;
     float* sums = sums_of(r, 0, range);
     for (std::int64_t s = 1; s < partition_.slices; ++s) {
       const float* slice = sums_of(r, s, range);
-      for (std::int64_t i = 0; i < count; ++i) sums[i] += slice[i];
+      for (std::int64_t i = skipped; i < count; ++i) sums[i] += slice[i];
     }
-    for (std::int64_t i = 0; i < count; ++i) {
-      const std::int64_t n = outputs.begin + i;
+    for (std::int64_t i = skipped; i < count; ++i) {
+      const std::int64_t n = outputs.computed.begin + i;
       float y = sums[i] * params_.weight.row_scale[n];
       if (params_.bias != nullptr) y += load_float(params_.bias, n, params_.dtype);
       store_float(params_.y, m * params_.weight.n + n, params_.dtype, y);
     }
-    if (range == 0 && params_.read_bits != nullptr) {
-      std::int64_t bits = 0;
-      for (std::int64_t s = 0; s < partition_.slices; ++s) bits += slice_of(r, s).bits;
-      params_.read_bits[m] = static_cast<float>(static_cast<double>(bits) / static_cast<double>(partition_.k));
-    }
   }
 
-  PreparedSlice& slice_of(std::int64_t r, std::int64_t slice) {
-    return prepared_[static_cast<std::size_t>(r * partition_.slices + slice)];
+  float mean_read_bits(std::int64_t r) {
+    std::int64_t bits = 0;
+    for (int section = 0; section < sections(); ++section) {
+      const auto [begin, end] = params_.grading.sections.outputs(section, params_.weight.n);
+      for (std::int64_t s = 0; s < partition_.slices; ++s) bits += (end - begin) * slice_of(section, r, s).bits;
+    }
+    return static_cast<float>(static_cast<double>(bits) / static_cast<double>(params_.weight.n * partition_.k));
+  }
+
+  int sections() const { return params_.grading.sections.count; }
+  PreparedSlice& slice_of(int section, std::int64_t r, std::int64_t slice) {
+    const std::int64_t rows = std::min(params_.m, kRowsAtOnce);
+    return prepared_[static_cast<std::size_t>((section * rows + r) * partition_.slices + slice)];
   }
   float* sums_of(std::int64_t r, std::int64_t slice, std::int64_t range) {
-    return sums_.data() + ((r * partition_.slices + slice) * partition_.ranges + range) * partition_.range_width;
+    return sums_.data() + ((r * partition_.slices + slice) * partition_.range_count() + range) * partition_.range_width;
   }
 
   const GemvParams& params_;
@@ -243,7 +268,7 @@ Status gemv(const GemvParams& params, const Executor& executor) {
   Status status = check_packed(weight);
   if (status.ok()) status = check_dtype(params.dtype);
   if (status.ok()) status = check_features(weight.channel_order, weight.k);
-  if (status.ok()) status = check_grading(params.grading, weight.widths);
+  if (status.ok()) status = check_grading(params.grading, weight.widths, weight.n);
   if (!status.ok()) return status;
   if (!isa_available(params.isa)) {
     return error("isa is %s: this machine does not run it", isa_name(params.isa));

@@ -14,22 +14,30 @@ namespace grinqh {
 namespace {
 
 // An infinite threshold stays so for every factor, 0 included.
-RowThresholds scaled(const float* thresholds, int planes, float factor) {
+RowThresholds scaled(const Grading& grading, int planes, float factor) {
   RowThresholds result{};
-  for (int p = 0; p < planes; ++p) {
-    result.value[p] = std::isinf(thresholds[p]) ? thresholds[p] : factor * thresholds[p];
+  for (int s = 0; s < grading.sections.count; ++s) {
+    for (int p = 0; p < planes; ++p) {
+      const float threshold = grading.thresholds[s * planes + p];
+      result.value[s][p] = std::isinf(threshold) ? threshold : factor * threshold;
+    }
   }
   return result;
 }
 
-std::int64_t bits_read(const PackedWeight& weight, const RowThresholds& thresholds, std::span<const float> importance) {
+// Of all weights together.
+std::int64_t bits_read(const PackedWeight& weight, const Sections& sections, const RowThresholds& thresholds,
+                       std::span<const float> importance) {
   std::int64_t sum = 0;
-  for (int p = 0; p < weight.widths.count; ++p) {
-    std::int64_t count = 0;
-    for (std::int64_t c = 0; c < weight.channels[p]; ++c) {
-      count += !(importance[static_cast<std::size_t>(c)] < thresholds.value[p]);
+  for (int s = 0; s < sections.count; ++s) {
+    const auto [begin, end] = sections.outputs(s, weight.n);
+    for (int p = 0; p < weight.widths.count; ++p) {
+      std::int64_t count = 0;
+      for (std::int64_t c = 0; c < weight.channels[p]; ++c) {
+        count += !(importance[static_cast<std::size_t>(c)] < thresholds.value[s][p]);
+      }
+      sum += count * weight.widths.width[p] * (end - begin);
     }
-    sum += count * weight.widths.width[p];
   }
   return sum;
 }
@@ -37,10 +45,13 @@ std::int64_t bits_read(const PackedWeight& weight, const RowThresholds& threshol
 // The smallest factor whose thresholds read no more than the budget: bits_read never grows with the factor,
 // and positive floats are ordered as their bit patterns are, so a bisection of the patterns finds it.
 RowThresholds within_budget(const PackedWeight& weight, const Grading& grading, std::span<const float> importance) {
-  const double allowed = static_cast<double>(*grading.budget) * static_cast<double>(weight.k);
+  // Only the proportions of the sections count; a single one has all outputs, however many.
+  PackedWeight counted = weight;
+  if (grading.sections.count == 1) counted.n = 1;
+  const double allowed = static_cast<double>(*grading.budget) * static_cast<double>(counted.n * counted.k);
   const auto fits = [&](std::uint32_t pattern) {
-    const RowThresholds tried = scaled(grading.thresholds, weight.widths.count, std::bit_cast<float>(pattern));
-    return static_cast<double>(bits_read(weight, tried, importance)) <= allowed;
+    const RowThresholds tried = scaled(grading, weight.widths.count, std::bit_cast<float>(pattern));
+    return static_cast<double>(bits_read(counted, grading.sections, tried, importance)) <= allowed;
   };
   std::uint32_t low = 0;  // the pattern of 0.0f
   std::uint32_t high = std::bit_cast<std::uint32_t>(std::numeric_limits<float>::max());
@@ -52,7 +63,7 @@ RowThresholds within_budget(const PackedWeight& weight, const Grading& grading, 
       low = middle + 1;
     }
   }
-  return scaled(grading.thresholds, weight.widths.count, std::bit_cast<float>(low));
+  return scaled(grading, weight.widths.count, std::bit_cast<float>(low));
 }
 
 }  // namespace
@@ -75,7 +86,7 @@ void gather_row(const void* x_row, Dtype dtype, const PackedWeight& weight, std:
 }
 
 RowThresholds row_thresholds(const PackedWeight& weight, const Grading& grading, const void* x_row, Dtype dtype) {
-  if (grading.budget == nullptr) return scaled(grading.thresholds, weight.widths.count, 1.0f);
+  if (grading.budget == nullptr) return scaled(grading, weight.widths.count, 1.0f);
   std::vector<float> importance(static_cast<std::size_t>(weight.k));
   gather_row(x_row, dtype, weight, 0, importance);
   for (std::size_t c = 0; c < importance.size(); ++c) {
@@ -84,13 +95,13 @@ RowThresholds row_thresholds(const PackedWeight& weight, const Grading& grading,
   return within_budget(weight, grading, importance);
 }
 
-void grade_channels(const PackedWeight& weight, const Grading& grading, const RowThresholds& thresholds,
+void grade_channels(const PackedWeight& weight, const Grading& grading, const RowThresholds& thresholds, int section,
                     std::int64_t first, std::span<const float> values, std::span<std::uint8_t> grades) {
   const float* channel_weight = grading.channel_weight + first;
   const auto count = static_cast<std::int64_t>(values.size());
   for (std::int64_t i = 0; i < count; ++i) grades[static_cast<std::size_t>(i)] = 0;
   for (int p = 0; p < weight.widths.count; ++p) {
-    const float threshold = thresholds.value[p];
+    const float threshold = thresholds.value[section][p];
     const std::int64_t stored = std::clamp<std::int64_t>(weight.channels[p] - first, 0, count);
     for (std::int64_t i = 0; i < stored; ++i) {
       const auto c = static_cast<std::size_t>(i);
@@ -107,7 +118,7 @@ Status grade(const GradeParams& params, const Executor& executor) {
   if (status.ok()) status = check_channels(weight.widths, weight.channels, weight.k);
   if (status.ok()) status = check_dtype(params.dtype);
   if (status.ok()) status = check_features(weight.channel_order, weight.k);
-  if (status.ok()) status = check_grading(params.grading, weight.widths);
+  if (status.ok()) status = check_grading(params.grading, weight.widths, weight.n);
   if (!status.ok()) return status;
 
   const auto k = static_cast<std::size_t>(weight.k);
@@ -118,7 +129,10 @@ Status grade(const GradeParams& params, const Executor& executor) {
       const char* x_row = static_cast<const char*>(params.x) + m * params.x_stride * item;
       gather_row(x_row, params.dtype, weight, 0, values);
       const RowThresholds thresholds = row_thresholds(weight, params.grading, x_row, params.dtype);
-      grade_channels(weight, params.grading, thresholds, 0, values, {params.grades + m * weight.k, k});
+      for (int s = 0; s < params.grading.sections.count; ++s) {
+        std::uint8_t* grades = params.grades + (s * params.m + m) * weight.k;
+        grade_channels(weight, params.grading, thresholds, s, 0, values, {grades, k});
+      }
     }
   });
   return {};

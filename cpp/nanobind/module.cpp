@@ -6,8 +6,10 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -103,11 +105,22 @@ const float* checked_channel_weight(const Input& channel_weight, std::int64_t k)
   return values;
 }
 
+// Thresholds are [G], or [sections, G] where sections are given; the core checks that those fit.
 Grading checked_grading(const PackedWeight& weight, const Input& channel_weight, const Input& thresholds,
-                        const std::optional<float>& budget) {
+                        const std::optional<float>& budget, const std::vector<std::int64_t>& sections) {
   Grading grading;
   grading.channel_weight = checked_channel_weight(channel_weight, weight.k);
-  grading.thresholds = floats(thresholds, "thresholds", {weight.widths.count});
+  if (sections.size() > kMaxSections) {
+    refuse("sections has " + std::to_string(sections.size()) + " entries: allowed are at most " +
+           std::to_string(kMaxSections));
+  }
+  if (sections.empty()) {
+    grading.thresholds = floats(thresholds, "thresholds", {weight.widths.count});
+  } else {
+    grading.sections.count = static_cast<int>(sections.size());
+    std::copy(sections.begin(), sections.end(), grading.sections.size);
+    grading.thresholds = floats(thresholds, "thresholds", {grading.sections.count, weight.widths.count});
+  }
   if (budget) grading.budget = &*budget;
   return grading;
 }
@@ -206,24 +219,27 @@ Output py_unpack(const Inputs& planes, const std::vector<int>& widths, std::int6
 }
 
 Output py_grade(const Input& x, const Inputs& planes, const Input& channel_order, const Input& channel_weight,
-                const Input& thresholds, const std::vector<int>& widths, const std::optional<float>& budget) {
+                const Input& thresholds, const std::vector<int>& widths, const std::optional<float>& budget,
+                const std::vector<std::int64_t>& sections) {
   GradeParams params{};
   params.weight.widths = checked_widths(widths, planes.size());
   params.weight.k = checked_size(channel_order, "channel_order", 1, 0);
-  // Grades do not depend on n; it is not known here, only that a row of plane 0 holds so many codes.
-  params.weight.n = checked_size(planes[0], "planes[0]", 2, 1) * 8 / params.weight.widths.width[0];
+  // Of n only the sections' proportions matter; without them it is not known here.
+  params.weight.n = std::max<std::int64_t>(1, std::accumulate(sections.begin(), sections.end(), std::int64_t{0}));
   for (int p = 0; p < params.weight.widths.count; ++p) {
     const std::string name = "planes[" + std::to_string(p) + "]";
     params.weight.channels[p] = checked_size(planes[static_cast<std::size_t>(p)], name.c_str(), 2, 0);
   }
   params.weight.channel_order = checked_order(channel_order, params.weight.k);
-  params.grading = checked_grading(params.weight, channel_weight, thresholds, budget);
+  params.grading = checked_grading(params.weight, channel_weight, thresholds, budget, sections);
   const Element element = activation_element(x, "x");
   params.x = checked_data(x, "x", element, {kAnySize, params.weight.k});
   params.m = checked_size(x, "x", 2, 0);
   params.x_stride = params.weight.k;
   params.dtype = core_dtype(element);
-  const Output grades = new_array(Element::u8, {params.m, params.weight.k});
+  const Output grades = sections.empty()
+                            ? new_array(Element::u8, {params.m, params.weight.k})
+                            : new_array(Element::u8, {params.grading.sections.count, params.m, params.weight.k});
   params.grades = static_cast<std::uint8_t*>(grades.data());
   call(grade, params);
   return grades;
@@ -253,10 +269,11 @@ std::tuple<Output, Output> py_gemv_read_bits(const Input& x, const Inputs& plane
                                              const Input& channel_weight, const Input& thresholds,
                                              const std::vector<int>& widths, std::int64_t block,
                                              const std::optional<Input>& bias, const std::optional<float>& budget,
-                                             const std::optional<std::string>& isa) {
+                                             const std::optional<std::string>& isa,
+                                             const std::vector<std::int64_t>& sections) {
   GemvParams params{};
   params.weight = packed_weight(planes, block_scale, row_scale, gain, channel_order, widths, block);
-  params.grading = checked_grading(params.weight, channel_weight, thresholds, budget);
+  params.grading = checked_grading(params.weight, channel_weight, thresholds, budget, sections);
   const Element element = activation_element(x, "x");
   params.x = checked_data(x, "x", element, {kAnySize, params.weight.k});
   params.m = checked_size(x, "x", 2, 0);
@@ -275,9 +292,10 @@ std::tuple<Output, Output> py_gemv_read_bits(const Input& x, const Inputs& plane
 Output py_gemv(const Input& x, const Inputs& planes, const Input& block_scale, const Input& row_scale,
                const Input& gain, const Input& channel_order, const Input& channel_weight, const Input& thresholds,
                const std::vector<int>& widths, std::int64_t block, const std::optional<Input>& bias,
-               const std::optional<float>& budget, const std::optional<std::string>& isa) {
+               const std::optional<float>& budget, const std::optional<std::string>& isa,
+               const std::vector<std::int64_t>& sections) {
   return std::get<0>(py_gemv_read_bits(x, planes, block_scale, row_scale, gain, channel_order, channel_weight,
-                                       thresholds, widths, block, bias, budget, isa));
+                                       thresholds, widths, block, bias, budget, isa, sections));
 }
 
 std::vector<std::string> available_isas() {
@@ -327,7 +345,8 @@ and channel_error float32 [9, K].)");
         R"(Codes uint8 [k, n] from planes; bits that are not stored are 0.)");
 
   m.def("grade", &py_grade, "x"_a, "planes"_a, "channel_order"_a, "channel_weight"_a, "thresholds"_a, "widths"_a,
-        "budget"_a = none(), R"(The grade of each stored channel for each row of x: uint8 [M, K].)");
+        "budget"_a = none(), "sections"_a = std::vector<std::int64_t>(),
+        R"(The grade of each stored channel for each row of x: uint8 [M, K], or [sections, M, K] if those are given.)");
 
   m.def("dequantize", &py_dequantize, "planes"_a, "block_scale"_a, "row_scale"_a, "gain"_a, "channel_order"_a,
         "widths"_a, "block"_a, "grade"_a, "dtype"_a = "float32",
@@ -335,15 +354,15 @@ and channel_error float32 [9, K].)");
 
   m.def("gemv", &py_gemv, "x"_a, "planes"_a, "block_scale"_a, "row_scale"_a, "gain"_a, "channel_order"_a,
         "channel_weight"_a, "thresholds"_a, "widths"_a, "block"_a, "bias"_a = none(), "budget"_a = none(),
-        "isa"_a = none(),
+        "isa"_a = none(), "sections"_a = std::vector<std::int64_t>(),
         R"(y [M, N] in x's dtype, every row of x graded on its own.
 
 bias: [N] in x's dtype. budget: mean bits per weight that a row may read. isa: one of available_isas(), or None
-for current_isa().)");
+for current_isa(). sections: numbers of outputs that have thresholds of their own, [sections, G] then.)");
 
   m.def("gemv_read_bits", &py_gemv_read_bits, "x"_a, "planes"_a, "block_scale"_a, "row_scale"_a, "gain"_a,
         "channel_order"_a, "channel_weight"_a, "thresholds"_a, "widths"_a, "block"_a, "bias"_a = none(),
-        "budget"_a = none(), "isa"_a = none(),
+        "budget"_a = none(), "isa"_a = none(), "sections"_a = std::vector<std::int64_t>(),
         R"(As gemv, and the mean bits read per weight for each row, float32 [M].)");
 
   m.def("available_isas", &available_isas, "Names of the instruction sets that this machine runs.");

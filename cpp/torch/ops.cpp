@@ -22,7 +22,7 @@ void run_gemv(const char* op, const Tensor& x, const LayerArguments& layer, cons
   GemvParams params{};
   params.dtype = to_dtype(op, "x", x.scalar_type());
   params.weight = to_packed(op, layer.packed(), x);
-  params.grading = to_grading(op, layer.channel_weight, layer.thresholds, layer.budget, params.weight, x);
+  params.grading = to_grading(op, layer, params.weight, x);
   check_bias(op, layer.bias, x, params.weight.n);
   const Rows rows = to_rows(op, x, params.weight.k);
   params.x = rows.x.const_data_ptr();
@@ -41,14 +41,14 @@ Tensor empty_output(const Tensor& x, const Tensor& row_scale) {
   return torch::stable::new_empty(x, output_sizes(x, row_scale.size(0)));
 }
 
-Tensor gemv_cpu(Tensor x, GRINQH_LAYER_PARAMETERS) {
+Tensor gemv_cpu(Tensor x, GRINQH_LAYER_PARAMETERS, std::vector<int64_t> sections) {
   const LayerArguments layer = GRINQH_LAYER_ARGUMENTS;
   Tensor y = empty_output(x, row_scale);
   run_gemv("gemv", x, layer, y, nullptr);
   return y;
 }
 
-void gemv_out_cpu(Tensor x, GRINQH_LAYER_PARAMETERS, Tensor out) {
+void gemv_out_cpu(Tensor x, GRINQH_LAYER_PARAMETERS, std::vector<int64_t> sections, Tensor out) {
   const LayerArguments layer = GRINQH_LAYER_ARGUMENTS;
   STD_TORCH_CHECK(x.dim() >= 1 && out.dim() == x.dim(), "grinqh::gemv: out has shape ", shape_text(out),
                   ": it must be that of x, ", shape_text(x), ", with N as its last size");
@@ -64,7 +64,7 @@ void gemv_out_cpu(Tensor x, GRINQH_LAYER_PARAMETERS, Tensor out) {
   run_gemv("gemv", x, layer, out, nullptr);
 }
 
-std::tuple<Tensor, Tensor> gemv_read_bits_cpu(Tensor x, GRINQH_LAYER_PARAMETERS) {
+std::tuple<Tensor, Tensor> gemv_read_bits_cpu(Tensor x, GRINQH_LAYER_PARAMETERS, std::vector<int64_t> sections) {
   const LayerArguments layer = GRINQH_LAYER_ARGUMENTS;
   Tensor y = empty_output(x, row_scale);
   Tensor read_bits = torch::stable::new_empty(x, leading_sizes(x), ScalarType::Float);
@@ -100,7 +100,7 @@ class DenseStrips {
   Tensor buffer_;
 };
 
-Tensor linear_cpu(Tensor x, GRINQH_LAYER_PARAMETERS, int64_t max_graded_rows) {
+Tensor linear_cpu(Tensor x, GRINQH_LAYER_PARAMETERS, int64_t max_graded_rows, std::vector<int64_t> sections) {
   const LayerArguments layer = GRINQH_LAYER_ARGUMENTS;
   Tensor y = empty_output(x, row_scale);
   const PackedWeight weight = to_packed("linear", layer.packed(), x);
@@ -110,8 +110,8 @@ Tensor linear_cpu(Tensor x, GRINQH_LAYER_PARAMETERS, int64_t max_graded_rows) {
     return y;
   }
   const Dtype dtype = to_dtype("linear", "x", x.scalar_type());
-  const Grading grading = to_grading("linear", layer.channel_weight, layer.thresholds, layer.budget, weight, x);
-  throw_if_error("linear", check_grading(grading, weight.widths));
+  const Grading grading = to_grading("linear", layer, weight, x);
+  throw_if_error("linear", check_grading(grading, weight.widths, weight.n));
   check_bias("linear", layer.bias, x, weight.n);
   const Tensor x_rows = torch::stable::reshape(x, {rows.count, weight.k});
   Tensor y_rows = torch::stable::view(y, {rows.count, weight.n});
@@ -144,11 +144,11 @@ Tensor prepare_cpu(Tensor x, std::optional<Tensor> norm_weight, double norm_eps,
 }
 
 Tensor fused_linear_cpu(Tensor x, GRINQH_LAYER_PARAMETERS, int64_t max_graded_rows, std::optional<Tensor> norm_weight,
-                        double norm_eps, bool gated, std::optional<Tensor> residual) {
+                        double norm_eps, bool gated, std::optional<Tensor> residual, std::vector<int64_t> sections) {
   const bool plain = !norm_weight.has_value() && !gated;
   const Tensor input = plain ? x : prepare_cpu(x, norm_weight, norm_eps, gated);
   Tensor y = linear_cpu(input, planes, block_scale, row_scale, gain, channel_order, channel_weight, thresholds, widths,
-                        block, bias, budget, max_graded_rows);
+                        block, bias, budget, max_graded_rows, sections);
   if (!residual.has_value()) return y;
   check_residual("fused_linear", *residual, y);
   return torch::stable::subtract(y, *residual, -1.0);
@@ -173,14 +173,14 @@ Tensor unpack_cpu(std::vector<Tensor> planes, std::vector<int64_t> widths, int64
 }
 
 Tensor grade_cpu(Tensor x, std::vector<Tensor> planes, Tensor channel_order, Tensor channel_weight, Tensor thresholds,
-                 std::vector<int64_t> widths, std::optional<Tensor> budget) {
+                 std::vector<int64_t> widths, std::optional<Tensor> budget, std::vector<int64_t> sections) {
   GradeParams params{};
   params.dtype = to_dtype("grade", "x", x.scalar_type());
   check_tensor("grade", "channel_order", channel_order, ScalarType::Int, {-1}, x);
   PackedWeight& weight = params.weight;
   weight.widths = to_widths("grade", widths);
   weight.k = channel_order.size(0);
-  weight.n = 1;  // grades do not depend on the outputs
+  weight.n = graded_outputs(sections);
   weight.channel_order = static_cast<const int32_t*>(channel_order.const_data_ptr());
   STD_TORCH_CHECK(planes.size() == widths.size(), "grinqh::grade: planes has ", planes.size(), " tensors and widths ",
                   widths.size(), " entries: they must be as many");
@@ -188,12 +188,12 @@ Tensor grade_cpu(Tensor x, std::vector<Tensor> planes, Tensor channel_order, Ten
     check_tensor("grade", "planes[" + std::to_string(p) + "]", planes[p], ScalarType::Byte, {-1, -1}, x);
     weight.channels[p] = planes[p].size(0);
   }
-  params.grading = to_grading("grade", channel_weight, thresholds, budget, weight, x);
+  params.grading = to_grading("grade", channel_weight, thresholds, budget, sections, weight, x);
   const Rows rows = to_rows("grade", x, weight.k);
   params.x = rows.x.const_data_ptr();
   params.m = rows.count;
   params.x_stride = rows.stride;
-  Tensor grades = torch::stable::new_empty(x, output_sizes(x, weight.k), ScalarType::Byte);
+  Tensor grades = torch::stable::new_empty(x, grade_sizes(x, sections, weight.k), ScalarType::Byte);
   params.grades = static_cast<uint8_t*>(grades.mutable_data_ptr());
   throw_if_error("grade", grade(params, kTorchThreads));
   return grades;
@@ -235,21 +235,21 @@ std::string cpu_isa() {
   "channel_weight, Tensor thresholds, int[] widths, int block, Tensor? bias, Tensor? budget"
 
 STABLE_TORCH_LIBRARY(grinqh, m) {
-  m.def("gemv(Tensor x, " GRINQH_LAYER ") -> Tensor");
-  m.def("gemv.out(Tensor x, " GRINQH_LAYER ", *, Tensor(a!) out) -> ()");
-  m.def("gemv_read_bits(Tensor x, " GRINQH_LAYER ") -> (Tensor, Tensor)");
-  m.def("linear(Tensor x, " GRINQH_LAYER ", int max_graded_rows=8) -> Tensor");
+  m.def("gemv(Tensor x, " GRINQH_LAYER ", int[] sections=[]) -> Tensor");
+  m.def("gemv.out(Tensor x, " GRINQH_LAYER ", int[] sections=[], *, Tensor(a!) out) -> ()");
+  m.def("gemv_read_bits(Tensor x, " GRINQH_LAYER ", int[] sections=[]) -> (Tensor, Tensor)");
+  m.def("linear(Tensor x, " GRINQH_LAYER ", int max_graded_rows=8, int[] sections=[]) -> Tensor");
   m.def("prepare(Tensor x, Tensor? norm_weight=None, float norm_eps=0.0, bool gated=False) -> Tensor");
   m.def("fused_linear(Tensor x, " GRINQH_LAYER_ALL
         ", int max_graded_rows, Tensor? norm_weight=None, float norm_eps=0.0, bool gated=False, Tensor? "
-        "residual=None) -> Tensor");
+        "residual=None, int[] sections=[]) -> Tensor");
   m.def("sort_channels(Tensor weight, Tensor? mean_square=None) -> Tensor");
   m.def("quantize(Tensor weight, Tensor channel_order, int block=64) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("pack(Tensor codes, int[] widths, int[] channels) -> Tensor[]");
   m.def("unpack(Tensor[] planes, int[] widths, int n, int k) -> Tensor");
   m.def(
       "grade(Tensor x, Tensor[] planes, Tensor channel_order, Tensor channel_weight, Tensor thresholds, int[] widths, "
-      "Tensor? budget=None) -> Tensor");
+      "Tensor? budget=None, int[] sections=[]) -> Tensor");
   m.def(
       "dequantize(Tensor[] planes, Tensor block_scale, Tensor row_scale, Tensor gain, Tensor channel_order, int[] "
       "widths, int block, int grade, ScalarType dtype) -> Tensor");

@@ -127,6 +127,7 @@ struct LayerArguments {
   const std::vector<int64_t>& widths;
   int64_t block;
   const std::optional<Tensor>&bias, &budget;
+  const std::vector<int64_t>& sections;
 
   PackedTensors packed() const { return {planes, block_scale, row_scale, gain, channel_order, widths, block}; }
 };
@@ -134,9 +135,11 @@ struct LayerArguments {
   std::vector<Tensor> planes, Tensor block_scale, Tensor row_scale, Tensor gain, Tensor channel_order, \
       Tensor channel_weight, Tensor thresholds, std::vector<int64_t> widths, int64_t block,            \
       std::optional<Tensor> bias, std::optional<Tensor> budget
-#define GRINQH_LAYER_ARGUMENTS                                                                                   \
-  LayerArguments {                                                                                               \
-    planes, block_scale, row_scale, gain, channel_order, channel_weight, thresholds, widths, block, bias, budget \
+// `sections` is the schemas' last argument.
+#define GRINQH_LAYER_ARGUMENTS                                                                                    \
+  LayerArguments {                                                                                                \
+    planes, block_scale, row_scale, gain, channel_order, channel_weight, thresholds, widths, block, bias, budget, \
+        sections                                                                                                  \
   }
 
 inline PackedWeight to_packed(const char* op, const PackedTensors& tensors, const Tensor& like) {
@@ -160,14 +163,58 @@ inline PackedWeight to_packed(const char* op, const PackedTensors& tensors, cons
   return weight;
 }
 
+inline Sections to_sections(const char* op, const std::vector<int64_t>& sizes, int64_t n) {
+  STD_TORCH_CHECK(sizes.size() <= kMaxSections, "grinqh::", op, ": sections has ", sizes.size(),
+                  " entries: allowed are at most ", kMaxSections);
+  Sections sections;
+  if (!sizes.empty()) sections.count = static_cast<int>(sizes.size());
+  int64_t sum = 0;
+  for (size_t s = 0; s < sizes.size(); ++s) {
+    STD_TORCH_CHECK(sizes[s] >= 1 && sizes[s] <= n - sum, "grinqh::", op, ": sections[", s, "] is ", sizes[s],
+                    ": allowed are 1 to ", n - sum, ", the outputs that are left of ", n);
+    sum += sections.size[s] = sizes[s];
+  }
+  STD_TORCH_CHECK(sizes.empty() || sum == n, "grinqh::", op, ": sections add up to ", sum, ": they must to N, ", n);
+  return sections;
+}
+
+// Thresholds are [G], or [sections, G] where sections are given.
 inline Grading to_grading(const char* op, const Tensor& channel_weight, const Tensor& thresholds,
-                          const std::optional<Tensor>& budget, const PackedWeight& weight, const Tensor& like) {
+                          const std::optional<Tensor>& budget, const std::vector<int64_t>& sections,
+                          const PackedWeight& weight, const Tensor& like) {
+  Grading grading;
+  grading.sections = to_sections(op, sections, weight.n);
   check_tensor(op, "channel_weight", channel_weight, ScalarType::Float, {weight.k}, like);
-  check_tensor(op, "thresholds", thresholds, ScalarType::Float, {weight.widths.count}, like);
+  if (sections.empty()) {
+    check_tensor(op, "thresholds", thresholds, ScalarType::Float, {weight.widths.count}, like);
+  } else {
+    check_tensor(op, "thresholds", thresholds, ScalarType::Float, {grading.sections.count, weight.widths.count}, like);
+  }
   if (budget.has_value()) check_tensor(op, "budget", *budget, ScalarType::Float, {1}, like);
-  return {static_cast<const float*>(channel_weight.const_data_ptr()),
-          static_cast<const float*>(thresholds.const_data_ptr()),
-          budget.has_value() ? static_cast<const float*>(budget->const_data_ptr()) : nullptr};
+  grading.channel_weight = static_cast<const float*>(channel_weight.const_data_ptr());
+  grading.thresholds = static_cast<const float*>(thresholds.const_data_ptr());
+  grading.budget = budget.has_value() ? static_cast<const float*>(budget->const_data_ptr()) : nullptr;
+  return grading;
+}
+
+inline Grading to_grading(const char* op, const LayerArguments& layer, const PackedWeight& weight, const Tensor& like) {
+  return to_grading(op, layer.channel_weight, layer.thresholds, layer.budget, layer.sections, weight, like);
+}
+
+// Sizes of an op's `grades`: [..., K] like x, behind the sections where some are given.
+inline std::vector<int64_t> grade_sizes(const Tensor& x, const std::vector<int64_t>& sections, int64_t k) {
+  std::vector<int64_t> sizes;
+  if (!sections.empty()) sizes.push_back(static_cast<int64_t>(sections.size()));
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) sizes.push_back(x.size(d));
+  sizes.push_back(k);
+  return sizes;
+}
+
+// The number of outputs that `grade` is told of: it needs no more than the sections' proportions.
+inline int64_t graded_outputs(const std::vector<int64_t>& sections) {
+  int64_t n = 0;
+  for (const int64_t size : sections) n += size;
+  return sections.empty() ? 1 : n;
 }
 
 // x [..., K] as rows: contiguous values in a row, a fixed stride from row to row.

@@ -74,8 +74,8 @@ cuda::GemvPlan plan_for(const cuda::GemvShape& shape, const cuda::Gpu& gpu) {
   return slot.plan;
 }
 
-cuda::GemvShape shape_of(const PackedWeight& weight, int64_t m) {
-  cuda::GemvShape shape{weight.n, weight.k, m, 0, false};
+cuda::GemvShape shape_of(const PackedWeight& weight, const Sections& sections, int64_t m) {
+  cuda::GemvShape shape{weight.n, weight.k, m, 0, false, sections};
   for (int p = 0; p < weight.widths.count; ++p) {
     shape.subplanes += cuda::sub_count(weight.widths.width[p]);
     shape.one_bit = shape.one_bit || weight.widths.width[p] == 1;
@@ -98,7 +98,7 @@ void run_gemv(const char* op, const Tensor& x, const LayerArguments& layer, Tens
   const DeviceGuard guard(x.get_device_index());
   const cudaStream_t stream = stream_of(x);
   const PackedWeight weight = to_tiled(op, layer, x);
-  const Grading grading = to_grading(op, layer.channel_weight, layer.thresholds, layer.budget, weight, x);
+  const Grading grading = to_grading(op, layer, weight, x);
   check_bias(op, layer.bias, x, weight.n);
   const Dtype dtype = to_dtype(op, "x", x.scalar_type());
   const Rows rows = to_rows(op, x, around.transform.gated ? 2 * weight.k : weight.k);
@@ -127,12 +127,11 @@ void run_gemv(const char* op, const Tensor& x, const LayerArguments& layer, Tens
   params.transform = around.transform;
   params.residual = around.residual;
   params.y = y.mutable_data_ptr();
-  params.plan = plan_for(shape_of(weight, rows.count), gpu);
+  params.plan = plan_for(shape_of(weight, grading.sections, rows.count), gpu);
   const Tensor partial =
-      torch::stable::new_empty(x, {cuda::gemv_partial_count(params.plan, weight.n, rows.count)}, ScalarType::Float);
+      torch::stable::new_empty(x, {cuda::gemv_partial_count(params.plan, rows.count)}, ScalarType::Float);
   params.partial = static_cast<float*>(partial.mutable_data_ptr());
-  throw_if_error(
-      op, cuda::counters_for(stream, cuda::gemv_counter_count(params.plan, weight.n, rows.count), &params.arrivals));
+  throw_if_error(op, cuda::counters_for(stream, cuda::gemv_counter_count(params.plan, rows.count), &params.arrivals));
   throw_if_error(op, cuda::gemv(params, stream));
 }
 
@@ -142,14 +141,14 @@ Tensor empty_output(const Tensor& x, const Tensor& row_scale) {
   return torch::stable::new_empty(x, output_sizes(x, row_scale.size(0)));
 }
 
-Tensor gemv_cuda(Tensor x, GRINQH_LAYER_PARAMETERS) {
+Tensor gemv_cuda(Tensor x, GRINQH_LAYER_PARAMETERS, std::vector<int64_t> sections) {
   const LayerArguments layer = GRINQH_LAYER_ARGUMENTS;
   Tensor y = empty_output(x, row_scale);
   run_gemv("gemv", x, layer, y, nullptr);
   return y;
 }
 
-void gemv_out_cuda(Tensor x, GRINQH_LAYER_PARAMETERS, Tensor out) {
+void gemv_out_cuda(Tensor x, GRINQH_LAYER_PARAMETERS, std::vector<int64_t> sections, Tensor out) {
   const LayerArguments layer = GRINQH_LAYER_ARGUMENTS;
   bool fits =
       x.dim() >= 1 && out.dim() == x.dim() && row_scale.dim() == 1 && out.size(out.dim() - 1) == row_scale.size(0);
@@ -163,7 +162,7 @@ void gemv_out_cuda(Tensor x, GRINQH_LAYER_PARAMETERS, Tensor out) {
   run_gemv("gemv", x, layer, out, nullptr);
 }
 
-std::tuple<Tensor, Tensor> gemv_read_bits_cuda(Tensor x, GRINQH_LAYER_PARAMETERS) {
+std::tuple<Tensor, Tensor> gemv_read_bits_cuda(Tensor x, GRINQH_LAYER_PARAMETERS, std::vector<int64_t> sections) {
   const LayerArguments layer = GRINQH_LAYER_ARGUMENTS;
   Tensor y = empty_output(x, row_scale);
   Tensor read_bits = torch::stable::new_empty(x, leading_sizes(x), ScalarType::Float);
@@ -241,7 +240,7 @@ Tensor linear_in_full(const char* op, const Tensor& x, const LayerArguments& lay
                       const std::optional<Tensor>& residual) {
   const DeviceGuard guard(x.get_device_index());
   const PackedWeight weight = to_tiled(op, layer, x);
-  to_grading(op, layer.channel_weight, layer.thresholds, layer.budget, weight, x);
+  to_grading(op, layer, weight, x);
   check_bias(op, layer.bias, x, weight.n);
   const Dtype dtype = to_dtype(op, "x", x.scalar_type());
   const Rows rows = to_rows(op, x, transform.gated ? 2 * weight.k : weight.k);
@@ -283,7 +282,7 @@ Tensor linear_in_full(const char* op, const Tensor& x, const LayerArguments& lay
   return y;
 }
 
-Tensor linear_cuda(Tensor x, GRINQH_LAYER_PARAMETERS, int64_t max_graded_rows) {
+Tensor linear_cuda(Tensor x, GRINQH_LAYER_PARAMETERS, int64_t max_graded_rows, std::vector<int64_t> sections) {
   const LayerArguments layer = GRINQH_LAYER_ARGUMENTS;
   STD_TORCH_CHECK(channel_order.dim() == 1, "grinqh::linear: channel_order has shape ", shape_text(channel_order),
                   ": it must be [K]");
@@ -303,7 +302,7 @@ Tensor prepare_cuda(Tensor x, std::optional<Tensor> norm_weight, double norm_eps
 }
 
 Tensor fused_linear_cuda(Tensor x, GRINQH_LAYER_PARAMETERS, int64_t max_graded_rows, std::optional<Tensor> norm_weight,
-                         double norm_eps, bool gated, std::optional<Tensor> residual) {
+                         double norm_eps, bool gated, std::optional<Tensor> residual, std::vector<int64_t> sections) {
   Around around;
   int64_t k = 0;
   around.transform = to_transform("fused_linear", x, norm_weight, norm_eps, gated, &k);
@@ -334,21 +333,22 @@ Tensor fused_linear_cuda(Tensor x, GRINQH_LAYER_PARAMETERS, int64_t max_graded_r
 }
 
 Tensor grade_cuda(Tensor x, std::vector<Tensor> planes, Tensor channel_order, Tensor channel_weight, Tensor thresholds,
-                  std::vector<int64_t> widths, std::optional<Tensor> budget) {
+                  std::vector<int64_t> widths, std::optional<Tensor> budget, std::vector<int64_t> sections) {
   const DeviceGuard guard(x.get_device_index());
   PackedWeight weight;
   weight.widths = to_widths("grade", widths);
   check_tensor("grade", "channel_order", channel_order, ScalarType::Int, {-1}, x);
   weight.k = channel_order.size(0);
-  weight.n = -1;  // grades do not depend on the outputs: any number of tiles
+  weight.n = -1;  // any number of tiles
   weight.channel_order = static_cast<const int32_t*>(channel_order.const_data_ptr());
   add_tiled_planes("grade", planes, x, weight);
-  const Grading grading = to_grading("grade", channel_weight, thresholds, budget, weight, x);
+  weight.n = graded_outputs(sections);
+  const Grading grading = to_grading("grade", channel_weight, thresholds, budget, sections, weight, x);
   const Rows rows = to_rows("grade", x, weight.k);
   cuda::GradeParams params = grade_params(rows, to_dtype("grade", "x", x.scalar_type()), weight, grading);
   const cudaStream_t stream = stream_of(x);
   const std::optional<Tensor> factor = fit_budget("grade", params, x, stream);
-  Tensor grades = torch::stable::new_empty(x, output_sizes(x, weight.k), ScalarType::Byte);
+  Tensor grades = torch::stable::new_empty(x, grade_sizes(x, sections, weight.k), ScalarType::Byte);
   params.grades = static_cast<uint8_t*>(grades.mutable_data_ptr());
   throw_if_error("grade", cuda::grade(params, stream));
   return grades;

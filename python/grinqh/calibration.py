@@ -97,24 +97,29 @@ def calibrate(
         logger.warning("%s saw no token of the calibration data: it will read everything, whatever the dial says", name)
     if not seen:
         raise InputError("no packed layer saw a token of the calibration data")
-    sensitivities = _sensitivities(seen) if sensitivity else dict.fromkeys(seen, 1.0)
+    if sensitivity:
+        sensitivities = _sensitivities(seen)
+    else:
+        sensitivities = {name: [1.0] * len(_outputs_of_sections(layers[name])) for name in seen}
 
-    units = {}
+    units, section_units = {}, {}
     for name, statistics in seen.items():
         layer = layers[name]
         _sort(layer, statistics.mean_square)
-        units[name] = grading.unit_thresholds(layer.format.grade_bits, layer.error, sensitivities[name])
+        units[name], section_units[name] = _unit_thresholds(layer, sensitivities[name])
         trim_heap()  # every tensor of the layer has been replaced by one in another place
     kept = _kept_channels(config, layers, units, {name: statistics.mean_square for name, statistics in seen.items()})
     if kept:
         _drop_channels(model, layers, batches, kept, compensate=compensate, progress=progress)
         observed = _observe(model, layers, batches, gradients=False, progress=progress)
 
-    _record_dial(config, layers, units, observed)
+    _record_dial(config, layers, section_units, observed)
     set_bits(model, config.read_bits, exact_budget=config.exact_budget)
     return CalibrationReport(
         tokens=sum(batch.numel() for batch in batches),
-        sensitivity={name: sensitivities.get(name, 0.0) for name in layers},
+        sensitivity={
+            name: _mean(layers[name], sensitivities[name]) if name in sensitivities else 0.0 for name in layers
+        },
         stored_bits={name: layer.stored_bits for name, layer in layers.items()},
         dial=dial_table(model),
     )
@@ -213,8 +218,8 @@ class _Statistics:
         self.layer = layer
         self.rows = 0
         self.square_sum = torch.zeros(layer.in_features, dtype=torch.float64)
-        self.gradient_square_sum = 0.0
-        self.gradients = 0
+        self.gradient_square_sums = [0.0 for _ in _outputs_of_sections(layer)]
+        self.gradients = 0  # rows of them
         # For each number of stored channels, the importances of those channels.
         self.histograms: dict[int, Tensor] = {}
 
@@ -233,8 +238,9 @@ class _Statistics:
             self.histograms[channels] = self.histograms.get(channels, 0) + counted
 
     def see_gradient(self, gradient: Tensor) -> None:
-        self.gradient_square_sum += float(torch.linalg.vector_norm(gradient, dtype=torch.float32)) ** 2
-        self.gradients += gradient.numel()
+        for section, part in enumerate(gradient.split(_outputs_of_sections(self.layer), -1)):
+            self.gradient_square_sums[section] += float(torch.linalg.vector_norm(part, dtype=torch.float32)) ** 2
+        self.gradients += gradient.shape[:-1].numel()
 
 
 def _observe(
@@ -257,7 +263,7 @@ def _observe(
         if any(grading.has_invalid(histogram) for histogram in seen.histograms.values()):
             raise InputError(f"{name} saw activations that are NaN or infinite on the calibration data")
     for name, seen in statistics.items():
-        if not math.isfinite(seen.gradient_square_sum):
+        if not all(map(math.isfinite, seen.gradient_square_sums)):
             raise InputError(f"the gradients of {name} are NaN or infinite on the calibration data")
     return statistics
 
@@ -333,12 +339,57 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _sensitivities(seen: Mapping[str, _Statistics]) -> dict[str, float]:
-    measured = {name: s.gradient_square_sum / max(s.gradients, 1) for name, s in seen.items()}
-    mean = sum(measured.values()) / len(measured)
+def _sensitivities(seen: Mapping[str, _Statistics]) -> dict[str, list[float]]:
+    """The mean squared gradient by the outputs of each section of each layer."""
+    measured = {
+        name: [
+            squares / max(s.gradients * outputs, 1)
+            for squares, outputs in zip(s.gradient_square_sums, _outputs_of_sections(s.layer), strict=True)
+        ]
+        for name, s in seen.items()
+    }
+    mean = sum(_mean(seen[name].layer, values) for name, values in measured.items()) / len(measured)
     if mean == 0:
         raise InputError("the loss does not depend on any packed layer: calibrate(..., sensitivity=False) goes without")
-    return {name: max(value, LEAST_SENSITIVITY * mean) for name, value in measured.items()}
+    return {name: [max(value, LEAST_SENSITIVITY * mean) for value in values] for name, values in measured.items()}
+
+
+def _outputs_of_sections(layer: GrinqhLinear) -> list[int]:
+    return layer.sections or [layer.out_features]
+
+
+def _mean(layer: GrinqhLinear, by_section: Sequence[float]) -> float:
+    """The mean over a layer's outputs of what is known by section."""
+    outputs = _outputs_of_sections(layer)
+    return sum(value * n for value, n in zip(by_section, outputs, strict=True)) / layer.out_features
+
+
+def _unit_thresholds(layer: GrinqhLinear, sensitivities: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Unit thresholds of a layer as a whole, [G], and as `unit_thresholds` of the layer has them.
+
+    An error of weights is in proportion to their scales, at every grade alike, so a section's is the layer's times the
+    ratio of their mean squared scales.
+    """
+    weighed = [s * ratio for s, ratio in zip(sensitivities, _section_errors(layer), strict=True)]
+    bits, error = layer.format.grade_bits, layer.error
+    whole = grading.unit_thresholds(bits, error, _mean(layer, weighed))
+    if not layer.sections:
+        return whole, whole
+    return whole, torch.stack([grading.unit_thresholds(bits, error, s) for s in weighed])
+
+
+def _section_errors(layer: GrinqhLinear) -> list[float]:
+    """The mean squared weight error of each section over the layer's."""
+    if not layer.sections:
+        return [1.0]
+    tensors = layer.tensors
+    by_block = torch.stack([scale.double().square().mean() for scale in tensors["block_scale"].T])
+    by_output = by_block.repeat_interleave(layer.format.block)[: layer.out_features]
+    squares = by_output * tensors["row_scale"].double().square()
+    mean = float(squares.mean())
+    return [
+        max(float(part.mean()) / mean, LEAST_SENSITIVITY) if mean > 0 else 1.0 for part in squares.split(layer.sections)
+    ]
 
 
 def _sort(layer: GrinqhLinear, mean_square: Tensor) -> None:
@@ -494,7 +545,11 @@ def _shares(layer: GrinqhLinear, statistics: _Statistics, units: Tensor, taus: T
     """The part of the weights of each plane that is read at each setting, [planes, T]."""
     stored = [channels / layer.in_features for channels in layer.stored_channels]
     by_plane = [statistics.histograms[channels] for channels in layer.stored_channels]
-    return grading.read_shares(by_plane, stored, units, taus.float())
+    shares = [
+        grading.read_shares(by_plane, stored, of_section, taus.float()) * (outputs / layer.out_features)
+        for of_section, outputs in zip(units.view(-1, layer.format.planes), _outputs_of_sections(layer), strict=True)
+    ]
+    return torch.stack(shares).sum(0)
 
 
 def _record_dial(

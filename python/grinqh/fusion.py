@@ -21,6 +21,12 @@ SIBLINGS = {
 }
 
 
+class FusedLinear(nn.Linear):
+    """Several linear layers put together; `sections` are their numbers of outputs."""
+
+    sections: tuple[int, ...]
+
+
 class FusedPart(nn.Module):
     """Takes the place of a linear layer that became a part of a fused one; it has no tensors of its own."""
 
@@ -150,11 +156,17 @@ def groups(model: nn.Module, config: GrinqhConfig, layers: Mapping[str, nn.Linea
                 yield group
 
 
-def concatenated(linears: list[nn.Linear]) -> nn.Linear:
+def sections_of(linear: nn.Linear) -> tuple[int, ...]:
+    """Numbers of outputs of the layers that a linear layer was put together from; none if it was not."""
+    return linear.sections if isinstance(linear, FusedLinear) else ()
+
+
+def concatenated(linears: list[nn.Linear]) -> FusedLinear:
     """One linear layer whose outputs are those of the given ones, one after the other."""
     first = linears[0]
     bias = first.bias is not None
-    fused = nn.Linear(first.in_features, sum(linear.out_features for linear in linears), bias, device="meta")
+    fused = FusedLinear(first.in_features, sum(linear.out_features for linear in linears), bias, device="meta")
+    fused.sections = tuple(linear.out_features for linear in linears)
     fused.weight = nn.Parameter(
         torch.cat([linear.weight.detach() for linear in linears]), requires_grad=first.weight.requires_grad
     )
@@ -162,4 +174,5 @@ def concatenated(linears: list[nn.Linear]) -> nn.Linear:
         fused.bias = nn.Parameter(
             torch.cat([linear.bias.detach() for linear in linears]), requires_grad=first.bias.requires_grad
         )
-    return fused.train(first.training)
+    fused.train(first.training)
+    return fused

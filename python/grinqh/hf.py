@@ -22,7 +22,7 @@ from grinqh.checkpoint import read_specs
 from grinqh.config import QUANT_METHOD, GrinqhConfig
 from grinqh.dial import restore_dial
 from grinqh.errors import InputError
-from grinqh.fusion import fuse_linears
+from grinqh.fusion import fuse_linears, sections_of
 from grinqh.linear import GrinqhLinear
 from grinqh.model import linear_layers, packed_layers
 from grinqh.packing import TensorSpec
@@ -58,8 +58,10 @@ class GrinqhQuantizer(HfQuantizer):
         found = _find_packed(model, layers, _read_checkpoint(checkpoint_files))
         for name, linear in layers.items():
             bias = linear.bias is not None
-            format, points = config.format(name), int(config.dial_grid[2])
-            packing.check_specs(name, format, linear.in_features, linear.out_features, bias, points, found[name])
+            format, points, sections = config.format(name), int(config.dial_grid[2]), sections_of(linear)
+            packing.check_specs(
+                name, format, linear.in_features, linear.out_features, bias, points, found[name], max(1, len(sections))
+            )
             kept = format.within(config.stored_bits_to_load)
             unread = {packing.plane_name(p) for p in range(kept.planes, format.planes)}
             model._keys_to_ignore_on_load_unexpected |= {re.escape(f"{name}.{plane}") for plane in unread}
@@ -70,7 +72,7 @@ class GrinqhQuantizer(HfQuantizer):
             }
             if bias:
                 tensors["bias"] = linear.bias
-            model.set_submodule(name, GrinqhLinear(tensors, kept))
+            model.set_submodule(name, GrinqhLinear(tensors, kept, sections=sections))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         config = self.quantization_config

@@ -19,7 +19,8 @@ class GrinqhLinear(nn.Module):
     """Takes the place of a `torch.nn.Linear`.
 
     Its parameters are the tensors of `grinqh.packing`, none trainable; gradients flow to the input. The dial is the
-    buffer `thresholds` (float32 [G], all 0 at first: everything is read), which `grinqh.set_bits` writes in place.
+    buffer `thresholds` (float32 [G], all 0 at first: everything is read), which `grinqh.set_bits` writes in place. A
+    layer that was made of several (`grinqh.fusion`) has sections, outputs with thresholds of their own: float32 [S, G].
 
     On an NVIDIA GPU the parameters `plane_<p>` and `block_scale` lie in the tile order of its kernels: moving the layer
     there and back converts them. `tensors`, state dicts and saved files always hold the canonical order.
@@ -28,6 +29,7 @@ class GrinqhLinear(nn.Module):
         tensors: the packed layer (see `grinqh.packing`), with a bias or without.
         format: plane widths and block.
         max_graded_rows: inputs of more rows than this are read in full.
+        sections: numbers of outputs, one section after the other; none for a layer that is graded as a whole.
     """
 
     # Parameters: the planes, and
@@ -48,9 +50,16 @@ class GrinqhLinear(nn.Module):
     # Whether it is only what one of several processes holds of a layer (grinqh.parallel).
     sharded = False
 
-    def __init__(self, tensors: Mapping[str, Tensor], format: LayerFormat, max_graded_rows: int = GRADED_ROWS) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        format: LayerFormat,
+        max_graded_rows: int = GRADED_ROWS,
+        sections: Sequence[int] = (),
+    ) -> None:
         super().__init__()
         self.format = format
+        self.sections = list(sections)
         self.in_features = tensors["channel_order"].shape[0]
         self.out_features = tensors["row_scale"].shape[0]
         self.max_graded_rows = max_graded_rows
@@ -58,7 +67,7 @@ class GrinqhLinear(nn.Module):
         self.register_parameter("bias", None)
         self.set_packed(tensors, format)
         device = self.gain.device
-        self.register_buffer("thresholds", torch.zeros(format.planes, device=device), persistent=False)
+        self.register_buffer("thresholds", self._no_thresholds(), persistent=False)
         self.register_buffer("budget", None, persistent=False)
         self.register_buffer("read_total", torch.zeros(2, dtype=torch.float64, device=device), persistent=False)
         self.register_buffer("read_log", None, persistent=False)
@@ -136,12 +145,15 @@ class GrinqhLinear(nn.Module):
         """Writes the thresholds, in place.
 
         Args:
-            thresholds: [G] numbers of at least 0 that never fall; infinity is allowed.
+            thresholds: [G] numbers of at least 0 that never fall; infinity is allowed. [S, G] for a layer of sections,
+                which takes [G] for all of them too.
 
         Raises:
             InputError: a wrong number of them, NaN, a negative number, or a falling one.
         """
         new = torch.as_tensor(thresholds, dtype=torch.float32)
+        if self.sections and new.ndim == 1:
+            new = new.expand(len(self.sections), -1)
         if new.shape != self.thresholds.shape:
             raise InputError(f"thresholds have shape {list(new.shape)}, must have {list(self.thresholds.shape)}")
         packing.check_thresholds("thresholds", new)
@@ -161,19 +173,23 @@ class GrinqhLinear(nn.Module):
 
     def reset_buffers(self) -> None:
         """Everything is read, no budget, nothing counted: the state of a new layer."""
-        self.thresholds = torch.zeros(self.format.planes, device=self.gain.device)
+        self.thresholds = self._no_thresholds()
         self.read_total.zero_()
         self.read_log = None
         self.budget = None
+
+    def _no_thresholds(self) -> Tensor:
+        shape = (len(self.sections), self.format.planes) if self.sections else (self.format.planes,)
+        return torch.zeros(shape, device=self.gain.device)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps x [..., in_features], float32, float16 or bfloat16, to [..., out_features] of the same type."""
         arguments = self._arguments(x)
         if self.count_reads and x.numel() <= self.max_graded_rows * self.in_features:
-            y, read_bits = torch.ops.grinqh.gemv_read_bits(*arguments)
+            y, read_bits = torch.ops.grinqh.gemv_read_bits(*arguments, self.sections)
             self._count(read_bits)
             return y
-        return torch.ops.grinqh.linear(*arguments, self.max_graded_rows)
+        return torch.ops.grinqh.linear(*arguments, self.max_graded_rows, self.sections)
 
     def fused(
         self,
@@ -213,7 +229,7 @@ class GrinqhLinear(nn.Module):
             y = self(prepare(x, norm_weight, norm_eps, gated) if gated or norm_weight is not None else x)
             return y if residual is None else y + residual
         around = (norm_weight, norm_eps, gated, residual)
-        return torch.ops.grinqh.fused_linear(*self._arguments(x), self.max_graded_rows, *around)
+        return torch.ops.grinqh.fused_linear(*self._arguments(x), self.max_graded_rows, *around, self.sections)
 
     def _arguments(self, x: Tensor) -> tuple[Any, ...]:
         """What the ops of a packed layer are called with, an input first."""

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from grinqh import packing, resume
 from grinqh.config import GrinqhConfig, check_patterns, matches
 from grinqh.errors import InputError
-from grinqh.fusion import fuse_linears
+from grinqh.fusion import fuse_linears, sections_of
 from grinqh.linear import GrinqhLinear
 from grinqh.unconverted import check_unconverted, named, other_weights
 
@@ -277,8 +277,10 @@ def packed_layer(
     """The packed layer that takes a linear layer's place; what each grade loses is logged."""
     if linear.bias is not None:
         tensors["bias"] = linear.bias
-    format = config.format(name)
-    layer = GrinqhLinear(tensors, format, config.max_graded_rows).to(device)
+    format, sections = config.format(name), sections_of(linear)
+    if sections:  # until calibration tells them apart
+        tensors["unit_thresholds"] = tensors["unit_thresholds"].repeat(len(sections), 1)
+    layer = GrinqhLinear(tensors, format, config.max_graded_rows, sections).to(device)
     layer.train(linear.training)
     if logger.isEnabledFor(logging.INFO):
         loss = (layer.error / layer.error[0]).sqrt().tolist()

@@ -134,8 +134,17 @@ def _unpack_tiles_fake(
 
 
 @torch.library.register_fake("grinqh::grade")
-def _grade_fake(x: Tensor, *_: Any, **__: Any) -> Tensor:
-    return x.new_empty(x.shape, dtype=torch.uint8)
+def _grade_fake(
+    x: Tensor,
+    planes: Sequence[Tensor],
+    channel_order: Tensor,
+    channel_weight: Tensor,
+    thresholds: Tensor,
+    widths: Sequence[int],
+    budget: Tensor | None = None,
+    sections: Sequence[int] = (),
+) -> Tensor:
+    return x.new_empty((*([len(sections)] if sections else []), *x.shape), dtype=torch.uint8)
 
 
 @torch.library.register_fake("grinqh::dequantize")
@@ -157,21 +166,35 @@ def _dequantize_fake(
 # the grade that the forward read. One dense matmul for each grade that occurs.
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], max_graded_rows: int | None) -> None:
-    x, planes, block_scale, row_scale, gain, order, channel_weight, thresholds, widths, block, *optional = inputs
-    bias, budget = [*optional, None, None][:2]
-    ctx.save_for_backward(x, *planes, block_scale, row_scale, gain, order, channel_weight, thresholds, budget)
-    ctx.widths, ctx.block, ctx.has_bias = widths, block, bias is not None
-    ctx.max_graded_rows = max_graded_rows
+# The dispatcher leaves out trailing arguments that have their default values.
 
 
 def _save_gemv(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _save_for_backward(ctx, inputs, None)
+    layer, (bias, budget, sections) = inputs[:10], _filled(inputs[10:], None, None, ())
+    _save_for_backward(ctx, layer, bias, budget, None, sections)
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    # The dispatcher leaves out trailing arguments that have their default values.
-    _save_for_backward(ctx, inputs[:12], inputs[12] if len(inputs) > 12 else GRADED_ROWS)
+    layer, optional = inputs[:10], _filled(inputs[10:], None, None, GRADED_ROWS, ())
+    _save_for_backward(ctx, layer, *optional)
+
+
+def _filled(given: tuple[Any, ...], *defaults: Any) -> tuple[Any, ...]:
+    return *given, *defaults[len(given) :]
+
+
+def _save_for_backward(
+    ctx: Any,
+    layer: tuple[Any, ...],
+    bias: Tensor | None,
+    budget: Tensor | None,
+    max_graded_rows: int | None,
+    sections: Sequence[int],
+) -> None:
+    x, planes, block_scale, row_scale, gain, order, channel_weight, thresholds, widths, block = layer
+    ctx.save_for_backward(x, *planes, block_scale, row_scale, gain, order, channel_weight, thresholds, budget)
+    ctx.widths, ctx.block, ctx.has_bias = widths, block, bias is not None
+    ctx.max_graded_rows, ctx.sections = max_graded_rows, list(sections)
 
 
 def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
@@ -183,13 +206,17 @@ def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
         dense = torch.ops.grinqh.dequantize(*layer, len(planes), grad_y.dtype)
         grad_x = grad_y @ dense.T
     else:
-        stored = torch.ops.grinqh.grade(x, planes, order, channel_weight, thresholds, ctx.widths, budget)
+        of_layer = (x, planes, order, channel_weight, thresholds, ctx.widths, budget, ctx.sections)
+        stored = torch.ops.grinqh.grade(*of_layer)
         grades = torch.empty_like(stored).index_copy_(-1, order.long(), stored)
+        outputs = ctx.sections or [grad_y.shape[-1]]
+        by_section = list(zip(grades if ctx.sections else [grades], grad_y.split(outputs, -1), strict=True))
         for grade in range(1, len(planes) + 1):
-            dense = torch.ops.grinqh.dequantize(*layer, grade, grad_y.dtype)
-            grad_x += torch.where(grades == grade, grad_y @ dense.T, 0)
+            dense = torch.ops.grinqh.dequantize(*layer, grade, grad_y.dtype).split(outputs, -1)
+            for (chosen, grad), weight in zip(by_section, dense, strict=True):
+                grad_x += torch.where(chosen == grade, grad @ weight.T, 0)
     grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0) if ctx.has_bias else None
-    gradients = (grad_x, [None] * len(planes), *(None,) * 8, grad_bias, None, None)
+    gradients = (grad_x, [None] * len(planes), *(None,) * 8, grad_bias, *(None,) * 3)
     return gradients[: len(ctx.needs_input_grad)]
 
 

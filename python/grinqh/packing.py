@@ -10,7 +10,7 @@ N outputs, T dial settings; plane_p and the scales are defined in format.h):
     channel_order            int32 [K]         input feature of each stored channel
     channel_weight           float32 [K]       importance = |x| * channel_weight
     error                    float32 [G + 1]   mean squared weight error at the grades 0..G
-    unit_thresholds          float32 [G]       thresholds at dial setting 1
+    unit_thresholds          float32 [G]       thresholds at dial setting 1; [S, G] for a layer of S > 1 sections
     dial                     float32 [G, T]    part of each plane read at each dial setting; NaN before calibration
     bias                     any float [N]     if the layer has one
 """
@@ -43,9 +43,9 @@ def plane_name(plane: int) -> str:
 
 
 def tensor_specs(
-    format: LayerFormat, in_features: int, out_features: int, stored: Sequence[int], dial_points: int
+    format: LayerFormat, in_features: int, out_features: int, stored: Sequence[int], dial_points: int, sections: int = 1
 ) -> dict[str, TensorSpec]:
-    """What the tensors of a layer without bias must be; `stored` are the K_p."""
+    """What the tensors of a layer without bias must be; `stored` are the K_p, `sections` is S."""
     planes = format.planes
     rows = [(out_features * width + 7) // 8 for width in format.plane_widths]
     blocks = -(-out_features // format.block)
@@ -57,7 +57,7 @@ def tensor_specs(
         "channel_order": TensorSpec(torch.int32, (in_features,)),
         "channel_weight": TensorSpec(torch.float32, (in_features,)),
         "error": TensorSpec(torch.float32, (planes + 1,)),
-        "unit_thresholds": TensorSpec(torch.float32, (planes,)),
+        "unit_thresholds": TensorSpec(torch.float32, (planes,) if sections == 1 else (sections, planes)),
         "dial": TensorSpec(torch.float32, (planes, dial_points)),
     }
 
@@ -164,13 +164,14 @@ def check_specs(
     bias: bool,
     dial_points: int,
     found: Mapping[str, TensorSpec],
+    sections: int = 1,
 ) -> None:
     """Raises InputError, naming the tensor, unless the tensors found for a layer are those that the config demands.
 
     `found` holds the tensors by their names within the layer; nothing but types and shapes is looked at.
     """
     stored = [found[plane_name(p)].shape[0] if _is_matrix(found, plane_name(p)) else 0 for p in range(format.planes)]
-    expected = tensor_specs(format, in_features, out_features, stored, dial_points)
+    expected = tensor_specs(format, in_features, out_features, stored, dial_points, sections)
     if bias and "bias" in found:
         expected["bias"] = TensorSpec(found["bias"].dtype, (out_features,))
     demanded = [*expected, *(["bias"] if bias else [])]
@@ -215,12 +216,12 @@ def check_values(name: str, tensors: Mapping[str, Tensor]) -> None:
 
 
 def check_thresholds(name: str, thresholds: Tensor) -> None:
-    """Raises InputError unless thresholds are at least 0 and never fall; infinity is allowed."""
-    values = thresholds.tolist()
-    if not all(value >= 0 for value in values):  # NaN compares false
-        raise InputError(f"{name} is {values}, must hold numbers of at least 0, none NaN")
-    if values != sorted(values):
-        raise InputError(f"{name} is {values}, must never fall")
+    """Raises InputError unless thresholds [.., G] are at least 0 and never fall; infinity is allowed."""
+    for values in thresholds.reshape(-1, thresholds.shape[-1]).tolist():
+        if not all(value >= 0 for value in values):  # NaN compares false
+            raise InputError(f"{name} is {values}, must hold numbers of at least 0, none NaN")
+        if values != sorted(values):
+            raise InputError(f"{name} is {values}, must never fall")
 
 
 def sort_channels(tensors: PackedTensors, order: Tensor) -> PackedTensors:
@@ -241,7 +242,8 @@ def keep_channels(tensors: PackedTensors, stored: Sequence[int]) -> PackedTensor
 
 def keep_planes(tensors: PackedTensors, planes: int) -> PackedTensors:
     """The layer with only its first planes; `tensors` need not hold the others."""
-    by_plane = {"gain": planes, "unit_thresholds": planes, "dial": planes, "error": planes + 1}
+    by_plane = {"gain": planes, "dial": planes, "error": planes + 1}
     dropped = {plane_name(p) for p in range(planes, CODE_BITS)}
     kept = {name: tensor for name, tensor in tensors.items() if name not in dropped}
-    return kept | {name: kept[name][:count].clone() for name, count in by_plane.items()}
+    kept |= {name: kept[name][:count].clone() for name, count in by_plane.items()}
+    return kept | {"unit_thresholds": kept["unit_thresholds"][..., :planes].clone()}

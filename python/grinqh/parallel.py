@@ -194,7 +194,9 @@ def _share_out(model: nn.Module, team: _Team, part: Range, rank: int, group: Pro
         layer: Any = model.get_submodule(name)
         starts = [sum(sizes[:index]) for index in range(len(sizes))]
         ranges = [(start + of(size)[0], start + of(size)[1]) for start, size in zip(starts, sizes, strict=True)]
-        model.set_submodule(name, OutputShard(layer, take_outputs(layer.tensors, layer.format, ranges), group))
+        tensors = take_outputs(layer.tensors, layer.format, ranges)
+        sections = [end - first for first, end in ranges] if layer.sections else ()
+        model.set_submodule(name, OutputShard(layer, tensors, group, sections=sections))
     for fused in model.get_submodule(team.name).children():
         if isinstance(fused, FusedPart):
             kept = [of(size) for size in team.outputs[f"{team.name}.{fused.outputs.name}"]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,12 +23,19 @@ class LayerShard(GrinqhLinear):
         whole: the layer; its thresholds and counts are taken over.
         tensors: the part's (see `grinqh.sharding`).
         group: the processes; None for all.
+        sections: the part's numbers of outputs, for a layer that has sections.
     """
 
     sharded = True
 
-    def __init__(self, whole: GrinqhLinear, tensors: Mapping[str, Tensor], group: ProcessGroup | None) -> None:
-        super().__init__(tensors, whole.format, whole.max_graded_rows)
+    def __init__(
+        self,
+        whole: GrinqhLinear,
+        tensors: Mapping[str, Tensor],
+        group: ProcessGroup | None,
+        sections: Sequence[int] = (),
+    ) -> None:
+        super().__init__(tensors, whole.format, whole.max_graded_rows, sections)
         self.group = group
         self.whole_shape = (whole.out_features, whole.in_features)
         self._whole_stored_bits = whole.stored_bits
@@ -63,6 +70,7 @@ class OutputShard(LayerShard):
         tensors: see `LayerShard`.
         group: see `LayerShard`.
         gather_at: where the range begins, if every process is to get all outputs; None if it keeps its own alone.
+        sections: see `LayerShard`.
     """
 
     def __init__(
@@ -71,8 +79,9 @@ class OutputShard(LayerShard):
         tensors: Mapping[str, Tensor],
         group: ProcessGroup | None,
         gather_at: int | None = None,
+        sections: Sequence[int] = (),
     ) -> None:
-        super().__init__(whole, tensors, group)
+        super().__init__(whole, tensors, group, sections)
         self.gather_at = gather_at
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 // The tile order and the cut of the GEMV: host logic, tested without a GPU.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <set>
 #include <tuple>
 #include <utility>
@@ -87,14 +88,59 @@ INSTANTIATE_TEST_SUITE_P(Shapes, PlanOfShape,
 TEST(Plan, WorkspaceCountsEveryPartOfATileAndEverySliceOfEveryLayer) {
   GemvPlan plan;
   plan.slices = 3;
-  EXPECT_EQ(gemv_partial_count(plan, 300, 2), 3 * 2 * 512);
-  EXPECT_EQ(gemv_counter_count(plan, 300, 1), 2 + 3);
-  EXPECT_EQ(gemv_counter_count(plan, 300, 16), 2 * (2 + 3));
+  plan.slots = 2;
+  EXPECT_EQ(gemv_partial_count(plan, 2), 3 * 2 * 512);
+  EXPECT_EQ(gemv_counter_count(plan, 1), 2 + 3);
+  EXPECT_EQ(gemv_counter_count(plan, 16), 2 * (2 + 3));
   plan.k_warps = 4;  // a tile's 256 outputs of one row are two parts of 128, those of eight rows four
-  EXPECT_EQ(gemv_counter_count(plan, 300, 1), 2 * 2 + 3);
-  EXPECT_EQ(gemv_counter_count(plan, 300, 16), 2 * (2 * 4 + 3));
+  EXPECT_EQ(gemv_counter_count(plan, 1), 2 * 2 + 3);
+  EXPECT_EQ(gemv_counter_count(plan, 16), 2 * (2 * 4 + 3));
+  plan.sections = 2;
+  EXPECT_EQ(gemv_counter_count(plan, 1), 2 * 2 + 2 * 3);
   plan.slices = 1;
-  EXPECT_EQ(gemv_partial_count(plan, 300, 2), 0);
+  EXPECT_EQ(gemv_partial_count(plan, 2), 0);
+}
+
+TEST(Plan, EverySectionHasColumnsAndNoTwoShareATileSlot) {
+  const Sections cases[] = {
+      {1, {}},           {2, {14336, 14336}},        {3, {4096, 1024, 1024}}, {3, {576, 192, 192}},
+      {4, {1, 1, 1, 1}}, {4, {255, 1, 256, 1000000}}};
+  for (const Sections& sections : cases) {
+    std::int64_t n = 0;
+    for (const std::int64_t size : sections.size) n += size;
+    if (sections.count == 1) n = 6144;
+    for (const Gpu& gpu : {kH100, kSmall}) {
+      for (const int m : {1, 2, 8}) {
+        const GemvPlan plan = plan_gemv({n, 4096, m, 4, false, sections}, gpu);
+        EXPECT_EQ(plan.sections, sections.count);
+        int columns = 0;
+        std::set<std::int64_t> slots;
+        for (int s = 0; s < sections.count; ++s) {
+          EXPECT_GE(plan.section_columns[s], 1);
+          columns += plan.section_columns[s];
+          const TileRange tiles = section_tiles(sections, s, n);
+          const auto [begin, end] = sections.outputs(s, n);
+          EXPECT_LE(tiles.begin * kTile, begin);
+          EXPECT_GE(tiles.end * kTile, end);
+          for (std::int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+            EXPECT_TRUE(slots.insert(tile + s).second);
+            EXPECT_LT(tile + s, plan.slots);
+          }
+        }
+        EXPECT_EQ(plan.columns, columns);
+        EXPECT_LE(plan.columns * plan.slices, std::max(gpu.multiprocessors, plan.slices * sections.count));
+      }
+    }
+  }
+}
+
+TEST(Plan, AnAlignedSectionCostsNoTurnThatTheWholeLayerDoesNotHave) {
+  // q, k and v of Llama-3-8B: 16, 4 and 4 tiles.
+  const GemvPlan whole = plan_gemv({6144, 4096, 1, 4, false, {}}, kH100);
+  const GemvPlan parted = plan_gemv({6144, 4096, 1, 4, false, {3, {4096, 1024, 1024}}}, kH100);
+  EXPECT_EQ(parted.slices, whole.slices);
+  EXPECT_EQ(parted.k_warps, whole.k_warps);
+  EXPECT_EQ(parted.columns, whole.columns);
 }
 
 TEST(AttentionPlan, EverySplitHasAStepOfPositionsAndThereAreNoMoreThanMayBe) {

@@ -179,6 +179,81 @@ TEST_P(Gemv, a_budget_is_never_exceeded_and_nearly_used_up) {
   }
 }
 
+// A layer of three sections that begin within tiles, with thresholds for each.
+struct SectionedLayer {
+  Layer layer = random_layer(410, 300, kFourEqualPlanes, 64, 0.5, 20);
+  Sections sections{3, {200, 10, 200}};
+  std::vector<float> thresholds{0.1f, 0.5f, 1, 2, 1, 1.5f, 2, 3, 0.01f, 0.02f, 0.5f, 1};  // section after section
+
+  Grading grading() const { return {layer.channel_weight.data(), thresholds.data(), nullptr, sections}; }
+  // The layer with the thresholds of one section for all outputs.
+  Layer graded_as(int section) const {
+    Layer graded = layer;
+    graded.thresholds.assign(thresholds.begin() + 4 * section, thresholds.begin() + 4 * (section + 1));
+    return graded;
+  }
+};
+
+TEST_P(Gemv, every_section_of_the_outputs_has_thresholds_of_its_own) {
+  const SectionedLayer sectioned;
+  const Layer& layer = sectioned.layer;
+  auto x = random_floats(static_cast<std::size_t>(2 * layer.k), 21);
+  x[7] = std::numeric_limits<float>::infinity();
+  const Grading grading = sectioned.grading();
+  std::vector<float> bits;
+  const auto y = product(layer, x, GetParam(), {}, &grading, &bits);
+  for (int m = 0; m < 2; ++m) {
+    double expected_bits = 0;
+    for (int s = 0; s < 3; ++s) {
+      const Layer graded = sectioned.graded_as(s);
+      const Reference reference = testing::reference_product(graded, x.data() + m * layer.k);
+      const auto [begin, end] = grading.sections.outputs(s, layer.n);
+      for (std::int64_t n = begin; n < end; ++n) {
+        const auto i = static_cast<std::size_t>(n);
+        const float value = y[static_cast<std::size_t>(m * layer.n + n)];
+        if (m == 0) {
+          ASSERT_FALSE(std::isfinite(value)) << "output " << n;
+        } else {
+          ASSERT_NEAR(value, reference.y[i], kTolerance * reference.magnitude[i] + 1e-30) << "output " << n;
+        }
+      }
+      for (std::int64_t c = 0; c < layer.k; ++c) {
+        const float value = x[static_cast<std::size_t>(m * layer.k + layer.order[static_cast<std::size_t>(c)])];
+        expected_bits += layer.widths.bits(testing::grade_of(graded, c, value)) * static_cast<double>(end - begin);
+      }
+    }
+    EXPECT_FLOAT_EQ(bits[static_cast<std::size_t>(m)],
+                    static_cast<float>(expected_bits / static_cast<double>(layer.n * layer.k)));
+  }
+}
+
+TEST_P(Gemv, a_budget_holds_for_the_sections_together) {
+  const SectionedLayer sectioned;
+  const auto x = random_floats(static_cast<std::size_t>(5 * sectioned.layer.k), 22);
+  for (float budget : {0.5f, 2.0f, 3.3f}) {
+    Grading grading = sectioned.grading();
+    grading.budget = &budget;
+    std::vector<float> bits;
+    product(sectioned.layer, x, GetParam(), {}, &grading, &bits);
+    for (float read : bits) {
+      EXPECT_LE(read, budget);
+      EXPECT_GE(read, budget - 2.0f / static_cast<float>(sectioned.layer.k));
+    }
+  }
+}
+
+TEST_P(Gemv, sections_of_the_same_thresholds_read_what_a_layer_without_reads) {
+  SectionedLayer sectioned;
+  const Layer& layer = sectioned.layer;
+  for (int s = 0; s < 3; ++s) std::copy_n(layer.thresholds.begin(), 4, sectioned.thresholds.begin() + 4 * s);
+  const auto x = random_floats(static_cast<std::size_t>(3 * layer.k), 23);
+  const Grading grading = sectioned.grading();
+  std::vector<float> bits, whole_bits;
+  expect_close(layer, x, product(layer, x, GetParam(), {}, &grading, &bits));
+  product(layer, x, GetParam(), {}, nullptr, &whole_bits);
+  EXPECT_EQ(bits, whole_bits);
+}
+
 INSTANTIATE_TEST_SUITE_P(instruction_sets, Gemv, ::testing::ValuesIn(isas()),
                          [](const auto& info) { return isa_name(info.param); });
 
@@ -239,6 +314,22 @@ TEST(GemvErrors, name_the_argument_its_value_and_what_is_allowed) {
   EXPECT_EQ(message_for({std::nanf(""), 2, 3, 4}).substr(0, 20), "thresholds[0] is nan");
   EXPECT_EQ(y, std::vector<float>(8, 3.0f)) << "nothing may be written where the input is refused";
   EXPECT_EQ(message_for({1, 2, 3, 4}), "");
+  const auto message_for_sections = [&](const Sections& sections) {
+    params.grading.sections = sections;
+    return std::string(gemv(params, {}).message);
+  };
+  layer.thresholds.resize(4 * (kMaxSections + 1), 5.0f);
+  params.grading = layer.grading();
+  EXPECT_EQ(message_for_sections({5, {1, 1, 1, 1}}), "sections has 5 entries: allowed are at most 4");
+  EXPECT_EQ(message_for_sections({2, {4, 0}}), "sections[1] is 0: allowed are 1 to 4, the outputs that are left of 8");
+  EXPECT_EQ(message_for_sections({2, {9, -1}}), "sections[0] is 9: allowed are 1 to 8, the outputs that are left of 8");
+  EXPECT_EQ(message_for_sections({2, {4, 3}}), "sections add up to 7: they must to n, 8");
+  layer.thresholds = {1, 2, 3, 4, 1, 2, 0, 4};
+  params.grading = layer.grading();
+  EXPECT_EQ(message_for_sections({2, {4, 4}}).substr(0, 52), "thresholds[6] is 0: allowed are numbers of at least ");
+  layer.thresholds = {1, 2, 3, 4, 0, 1, 1, 1};
+  params.grading = layer.grading();
+  EXPECT_EQ(message_for_sections({2, {4, 4}}), "");
   params.weight.block = 48;
   EXPECT_STREQ(gemv(params, {}).message, "block is 48: allowed are 32, 64 and 128");
 }
@@ -259,6 +350,14 @@ TEST(Grade, counts_the_thresholds_at_or_below_the_importance) {
   params.grades = grades.data();
   ASSERT_TRUE(grade(params, {}).ok());
   EXPECT_EQ(grades, (std::vector<std::uint8_t>{0, 3, 4}));
+
+  layer.thresholds = {1, 2, 2, std::numeric_limits<float>::infinity(), 0, 0.5f, 0.9f, 1.5f};
+  params.grading = layer.grading();
+  params.grading.sections = {2, {1, 3}};
+  grades.assign(6, 9);
+  params.grades = grades.data();
+  ASSERT_TRUE(grade(params, {}).ok());
+  EXPECT_EQ(grades, (std::vector<std::uint8_t>{0, 3, 4, 3, 4, 4}));
 }
 
 TEST(Dequantize, gives_the_weights_of_format_h_in_the_order_of_the_input) {

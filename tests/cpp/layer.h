@@ -47,7 +47,7 @@ struct Layer {
     weight.channel_order = order.data();
     return weight;
   }
-  Grading grading() const { return {channel_weight.data(), thresholds.data(), nullptr}; }
+  Grading grading() const { return {channel_weight.data(), thresholds.data(), nullptr, {}}; }
 };
 
 // `stored` is the part of the channels that the last plane is stored for, the others in between.

@@ -92,7 +92,7 @@ def outputs(model: Any) -> dict[str, Tensor]:
     prompt = token_ids(2, 9) % 200
     for bits in (8, 3):
         grinqh.set_bits(model, bits)
-        found[f"thresholds at {bits}"] = torch.stack([layer.thresholds for layer in layers(model)])
+        found[f"thresholds at {bits}"] = torch.cat([layer.thresholds.flatten() for layer in layers(model)])
         found[f"prompt at {bits}"] = logits(model, prompt)
         with grinqh.graded(model):
             found[f"logits at {bits}"] = logits(model, prompt)

@@ -61,7 +61,7 @@ struct UnpackParams {
 };
 Status unpack(const UnpackParams& params, const Executor& executor);
 
-// Grades of the stored channels of each row of x.
+// Grades of the stored channels for each section of the outputs and row of x.
 struct GradeParams {
   const void* x;  // [m][k]
   std::int64_t m;
@@ -69,7 +69,7 @@ struct GradeParams {
   Dtype dtype;
   PackedWeight weight;  // only n, k, widths, channels and channel_order are read
   Grading grading;
-  std::uint8_t* grades;  // out [m][k]
+  std::uint8_t* grades;  // out [sections][m][k]
 };
 Status grade(const GradeParams& params, const Executor& executor);
 

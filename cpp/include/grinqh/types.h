@@ -36,14 +36,33 @@ struct PackedWeight {
   const std::int32_t* channel_order = nullptr;  // [k], the input feature of each stored channel
 };
 
+// Outputs that are graded by thresholds of their own: layers that were put together (q, k and v) are a section each.
+inline constexpr int kMaxSections = 4;
+struct Sections {
+  int count = 1;
+  std::int64_t size[kMaxSections] = {};  // outputs of each, one section after the other; 0 stands for all if it is one
+
+  struct Range {
+    std::int64_t begin, end;
+  };
+  Range outputs(int section, std::int64_t n) const {
+    if (count == 1) return {0, n};
+    std::int64_t begin = 0;
+    for (int s = 0; s < section; ++s) begin += size[s];
+    return {begin, begin + size[section]};
+  }
+  bool operator==(const Sections&) const = default;
+};
+
 // How a token's channels are graded: stored channel c of input row x has the importance
-// |x[channel_order[c]]| * channel_weight[c], and its grade is the number of thresholds at or below it,
-// at most the number of planes stored for it. With a budget, each row's thresholds are first scaled by
-// one factor, found for the row, so that the row reads as many bits as the budget allows and no more.
+// |x[channel_order[c]]| * channel_weight[c], and its grade for a section of the outputs is the number of the section's
+// thresholds at or below it, at most the number of planes stored for it. With a budget, each row's thresholds are first
+// scaled by one factor, found for the row, so that the row reads as many bits as the budget allows and no more.
 struct Grading {
   const float* channel_weight = nullptr;  // [k], finite and >= 0
-  const float* thresholds = nullptr;      // [planes], >= 0, never falling, infinity allowed
-  const float* budget = nullptr;          // [1] or null: mean read bits allowed for each row
+  const float* thresholds = nullptr;      // [sections][planes], >= 0, never falling in a section, infinity allowed
+  const float* budget = nullptr;          // [1] or null: mean read bits per weight allowed for each row
+  Sections sections;
 };
 
 // What a layer does to its input itself, in place of the module before it: nothing, an RMS norm or a gated SiLU.

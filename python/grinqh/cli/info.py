@@ -115,7 +115,9 @@ def _packed_layers(files: Sequence[Path], config: GrinqhConfig) -> dict[str, _La
         tensors, format = found[name], config.format(name)
         in_features, out_features = (_length(tensors, tensor) for tensor in ("channel_order", "row_scale"))
         points = int(config.dial_grid[2])
-        check_specs(name, format, in_features, out_features, "bias" in tensors, points, tensors)
+        thresholds = tensors.get("unit_thresholds")
+        sections = thresholds.shape[0] if thresholds is not None and len(thresholds.shape) == 2 else 1
+        check_specs(name, format, in_features, out_features, "bias" in tensors, points, tensors, sections)
         layers[name] = _Layer(
             format=format,
             in_features=in_features,
