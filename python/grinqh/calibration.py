@@ -238,9 +238,12 @@ class _Statistics:
             self.histograms[channels] = self.histograms.get(channels, 0) + counted
 
     def see_gradient(self, gradient: Tensor) -> None:
-        for section, part in enumerate(gradient.split(_outputs_of_sections(self.layer), -1)):
-            self.gradient_square_sums[section] += float(torch.linalg.vector_norm(part, dtype=torch.float32)) ** 2
-        self.gradients += gradient.shape[:-1].numel()
+        rows = gradient.reshape(-1, self.layer.out_features).float()
+        by_output = rows.square().sum(0).double()  # in an order that the number of threads does not change
+        parts = [part.sum() for part in by_output.split(_outputs_of_sections(self.layer))]
+        for section, square_sum in enumerate(torch.stack(parts).tolist()):
+            self.gradient_square_sums[section] += square_sum
+        self.gradients += rows.shape[0]
 
 
 def _observe(
