@@ -386,7 +386,7 @@ def _section_errors(layer: GrinqhLinear) -> list[float]:
     if not layer.sections:
         return [1.0]
     tensors = layer.tensors
-    by_block = torch.stack([scale.double().square().mean() for scale in tensors["block_scale"].T])
+    by_block = tensors["block_scale"].float().square().mean(0).double()
     by_output = by_block.repeat_interleave(layer.format.block)[: layer.out_features]
     squares = by_output * tensors["row_scale"].double().square()
     mean = float(squares.mean())

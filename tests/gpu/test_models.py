@@ -62,7 +62,8 @@ def test_outputs_on_the_gpu_are_those_of_the_cpu(model: nn.Module, converted: nn
         with torch.no_grad(), grinqh.graded(converted), grinqh.graded(model):
             wanted = converted(TEXT[:, :64]).logits
             got = model.to("cuda")(TEXT[:, :64].cuda()).logits.cpu()
-        assert float((got - wanted).norm() / wanted.norm()) < 5e-3
+        # A channel close to a threshold may be graded otherwise, and then differs by a step of its codes.
+        assert float((got - wanted).norm() / wanted.norm()) < (2e-3 if bits == 8 else 2e-2)
 
 
 def test_quantizing_on_the_gpu_gives_the_bits_of_the_cpu() -> None:
