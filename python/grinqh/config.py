@@ -102,8 +102,8 @@ class GrinqhConfig(QuantizationConfigMixin):
             with at 3 read bits.
         fuse: whether q_proj, k_proj and v_proj of one parent become one layer, `qkv_proj`, and gate_proj and up_proj
             become `gate_up_proj` (see `grinqh.fusion`): fewer and larger kernels. These are then the names that
-            `set_bits`, `read_stats` and the saved file know. Layers named by `overrides` stay apart. Default False:
-            what is fused shares its grades, which loses more (docs/quality.md).
+            `set_bits`, `read_stats` and the saved file know. Layers named by `overrides` stay apart. Each projection
+            keeps thresholds of its own (docs/method.md, "Sections"). Default False.
         format_version: version of the packed format.
         dial_grid: the dial settings at which each layer's read bits are recorded: log2 of the first, step, number.
 
