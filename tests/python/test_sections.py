@@ -10,7 +10,7 @@ import pytest
 import torch
 from layers import EQUAL, INF, OPS, Layer, make_layer
 from tiny_models import calibrated, logits, tiny_model, token_ids
-from torch import Tensor, nn
+from torch import Tensor
 
 import grinqh
 from grinqh import GrinqhConfig, GrinqhLinear, InputError, LayerFormat, calibration, packing
@@ -207,15 +207,13 @@ def test_the_dial_of_sections_promises_what_they_read() -> None:
 
 
 def test_a_section_s_part_of_the_error_follows_from_its_scales() -> None:
-    linear = nn.Linear(64, 96, bias=False)
-    layer = GrinqhLinear(
-        packing.pack_weight(linear.weight.detach(), LayerFormat(EQUAL, 32)), LayerFormat(EQUAL, 32), sections=[32, 64]
-    )
-    dense = layer.dense().double()
-    ratios = calibration._section_errors(layer)
-    error = (dense - linear.weight.detach().double().T).square()
-    measured = [float(part.mean() / error.mean()) for part in error.split([32, 64], 1)]
-    assert ratios == pytest.approx(measured, rel=0.1)
+    weight, format, sections = torch.randn(96, 64), LayerFormat(EQUAL, 64), [40, 56]  # the second begins within a block
+    weight[40:] *= 3
+    layer = GrinqhLinear(packing.pack_weight(weight, format), format, sections=sections)
+    error = (layer.dense() - weight.T).square()
+    measured = [float(part.mean() / error.mean()) for part in error.split(sections, 1)]
+    assert measured[1] > 5 * measured[0]
+    assert calibration._section_errors(layer) == pytest.approx(measured, rel=0.1)
 
 
 def test_a_budget_holds_for_a_fused_model() -> None:
