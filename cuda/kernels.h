@@ -85,4 +85,9 @@ Status repack_scale(const std::uint16_t* scale, std::int64_t n, std::int64_t k, 
 Status unpack_scale(const std::uint16_t* tiles, std::int64_t n, std::int64_t k, int block, std::uint16_t* out,
                     cudaStream_t stream);
 
+// Makes what was written on the stream so far visible to kernels that overlap the one before them. They read a layer's
+// tables (order, channel weights, scales; many rows the planes, too) before they wait for it: this launches an empty
+// kernel for them to overlap, which itself begins when everything before it is done.
+Status settle(cudaStream_t stream);
+
 }  // namespace grinqh::cuda

@@ -68,6 +68,7 @@ std::tuple<std::vector<Tensor>, Tensor> repack_cuda(std::vector<Tensor> planes, 
   throw_if_error("repack",
                  cuda::repack_scale(static_cast<const uint16_t*>(block_scale.const_data_ptr()), n, weight.k,
                                     static_cast<int>(block), static_cast<uint16_t*>(scale.mutable_data_ptr()), stream));
+  throw_if_error("repack", cuda::settle(stream));
   return {tiled, scale};
 }
 
