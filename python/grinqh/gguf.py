@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import io
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MAGIC = b"GGUF"
+# Older ones load tokenizers without their BOS token, and up to 5.17 merge the tokens of those that list no merges (as
+# Gemma's) in a wrong order: such a model would be calibrated and saved with another tokenizer than its own.
+LEAST_TRANSFORMERS = (5, 23)
 
 
 def is_gguf(path: Path) -> bool:
@@ -32,9 +37,16 @@ def is_gguf(path: Path) -> bool:
 
 def check_gguf(path: Path) -> None:
     """Refuses a file that is no GGUF, or that the installed packages cannot read; loading finds other damage."""
-    for package in ("gguf", "accelerate"):
+    for package in ("gguf", "accelerate", "transformers"):
         if importlib.util.find_spec(package) is None:
             raise InputError(f"reading a GGUF file needs the package {package}: pip install 'grinqh[gguf]'")
+    installed = importlib.metadata.version("transformers")
+    if tuple(int(number) for number in re.findall(r"\d+", installed)[:2]) < LEAST_TRANSFORMERS:
+        least = ".".join(map(str, LEAST_TRANSFORMERS))
+        raise InputError(
+            f"reading a GGUF file needs transformers {least} or later, {installed} is installed and gets tokenizers "
+            "wrong: pip install --upgrade 'grinqh[gguf]'"
+        )
     with path.open("rb") as file:
         magic = file.read(len(MAGIC))
     if magic != MAGIC:

@@ -24,6 +24,7 @@ from grinqh import convert as conversion
 from grinqh import model, streaming
 from grinqh.convert import convert
 from grinqh.evaluate import token_windows
+from grinqh.gguf import check_gguf
 from grinqh.source import Source
 
 TEXT = "It was the best of times, it was the worst of times. " * 40
@@ -373,6 +374,22 @@ def test_a_missing_package_for_gguf_is_named(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(grinqh.InputError, match=r"needs the package gguf: pip install"):
         convert(tmp_path / "model.gguf", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("version", "refused"), [("5.17.0", True), ("5.22.2", True), ("5.23.0", False), ("6.0.0", False)]
+)
+def test_a_transformers_that_gets_tokenizers_of_gguf_files_wrong_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, refused: bool
+) -> None:
+    file = tmp_path / "model.gguf"
+    write_gguf(file)
+    monkeypatch.setattr("importlib.metadata.version", lambda package: {"transformers": version}[package])
+    if refused:
+        with pytest.raises(grinqh.InputError, match=rf"needs transformers 5\.23 or later, {version} is installed"):
+            check_gguf(file)
+    else:
+        check_gguf(file)
 
 
 def test_the_recorded_config_is_the_one_asked_for(source: Path, text: Path, tmp_path: Path) -> None:
