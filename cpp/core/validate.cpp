@@ -79,26 +79,28 @@ Status check_permutation(const std::int32_t* channel_order, std::int64_t k) {
   return {};
 }
 
-Status check_sections(const Sections& sections, std::int64_t n) {
-  if (sections.count < 1 || sections.count > kMaxSections) {
-    return error("sections has %d entries: allowed are at most %d", sections.count, kMaxSections);
+Status check_sections(const std::int64_t* sizes, std::int64_t count, std::int64_t n) {
+  if (count < 1 || count > kMaxSections) {
+    return error("sections has %lld entries: allowed are at most %d", Long{count}, kMaxSections);
   }
-  if (sections.count == 1 && sections.size[0] == 0) return {};
   std::int64_t sum = 0;
-  for (int s = 0; s < sections.count; ++s) {
-    if (sections.size[s] < 1 || sections.size[s] > n - sum) {
-      return error("sections[%d] is %lld: allowed are 1 to %lld, the outputs that are left of %lld", s,
-                   Long{sections.size[s]}, Long{n - sum}, Long{n});
+  for (int s = 0; s < count; ++s) {
+    if (sizes[s] < 1 || sizes[s] > n - sum) {
+      return error("sections[%d] is %lld: allowed are 1 to %lld, the outputs that are left of %lld", s, Long{sizes[s]},
+                   Long{n - sum}, Long{n});
     }
-    sum += sections.size[s];
+    sum += sizes[s];
   }
   if (sum != n) return error("sections add up to %lld: they must to n, %lld", Long{sum}, Long{n});
   return {};
 }
 
 Status check_grading(const Grading& grading, const PlaneWidths& widths, std::int64_t n) {
-  if (Status status = check_sections(grading.sections, n); !status.ok()) return status;
-  for (int t = 0; t < grading.sections.count * widths.count; ++t) {
+  const Sections& sections = grading.sections;
+  if (sections.count != 1 || sections.size[0] != 0) {
+    if (Status status = check_sections(sections.size, sections.count, n); !status.ok()) return status;
+  }
+  for (int t = 0; t < sections.count * widths.count; ++t) {
     const float value = grading.thresholds[t], least = t % widths.count ? grading.thresholds[t - 1] : 0.0f;
     if (!(value >= least)) {
       return error("thresholds[%d] is %g: allowed are numbers of at least %g, thresholds never fall and are not NaN", t,

@@ -14,7 +14,7 @@ Status check_features(const std::int32_t* channel_order, std::int64_t k);
 // And none occurs twice.
 Status check_permutation(const std::int32_t* channel_order, std::int64_t k);
 // As many sections as are supported, each with outputs, n together.
-Status check_sections(const Sections& sections, std::int64_t n);
+Status check_sections(const std::int64_t* sizes, std::int64_t count, std::int64_t n);
 // Sections, and thresholds that never fall, none negative or NaN; channel weights are the caller's to check once.
 Status check_grading(const Grading& grading, const PlaneWidths& widths, std::int64_t n);
 Status check_packed(const PackedWeight& weight);

@@ -105,18 +105,16 @@ const float* checked_channel_weight(const Input& channel_weight, std::int64_t k)
   return values;
 }
 
-// Thresholds are [G], or [sections, G] where sections are given; the core checks that those fit.
+// Thresholds are [G], or [sections, G] where sections are given.
 Grading checked_grading(const PackedWeight& weight, const Input& channel_weight, const Input& thresholds,
                         const std::optional<float>& budget, const std::vector<std::int64_t>& sections) {
   Grading grading;
   grading.channel_weight = checked_channel_weight(channel_weight, weight.k);
-  if (sections.size() > kMaxSections) {
-    refuse("sections has " + std::to_string(sections.size()) + " entries: allowed are at most " +
-           std::to_string(kMaxSections));
-  }
   if (sections.empty()) {
     grading.thresholds = floats(thresholds, "thresholds", {weight.widths.count});
   } else {
+    const Status status = check_sections(sections.data(), static_cast<std::int64_t>(sections.size()), weight.n);
+    if (!status.ok()) refuse(status.message);
     grading.sections.count = static_cast<int>(sections.size());
     std::copy(sections.begin(), sections.end(), grading.sections.size);
     grading.thresholds = floats(thresholds, "thresholds", {grading.sections.count, weight.widths.count});

@@ -4,10 +4,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "core/validate.h"
 #include "grinqh/core.h"
 
 namespace grinqh::binding {
@@ -164,17 +166,11 @@ inline PackedWeight to_packed(const char* op, const PackedTensors& tensors, cons
 }
 
 inline Sections to_sections(const char* op, const std::vector<int64_t>& sizes, int64_t n) {
-  STD_TORCH_CHECK(sizes.size() <= kMaxSections, "grinqh::", op, ": sections has ", sizes.size(),
-                  " entries: allowed are at most ", kMaxSections);
   Sections sections;
-  if (!sizes.empty()) sections.count = static_cast<int>(sizes.size());
-  int64_t sum = 0;
-  for (size_t s = 0; s < sizes.size(); ++s) {
-    STD_TORCH_CHECK(sizes[s] >= 1 && sizes[s] <= n - sum, "grinqh::", op, ": sections[", s, "] is ", sizes[s],
-                    ": allowed are 1 to ", n - sum, ", the outputs that are left of ", n);
-    sum += sections.size[s] = sizes[s];
-  }
-  STD_TORCH_CHECK(sizes.empty() || sum == n, "grinqh::", op, ": sections add up to ", sum, ": they must to N, ", n);
+  if (sizes.empty()) return sections;
+  throw_if_error(op, check_sections(sizes.data(), static_cast<int64_t>(sizes.size()), n));
+  sections.count = static_cast<int>(sizes.size());
+  std::copy(sizes.begin(), sizes.end(), sections.size);
   return sections;
 }
 

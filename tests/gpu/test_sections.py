@@ -107,7 +107,7 @@ def test_a_graph_follows_the_thresholds_of_each_section() -> None:
 
 def test_sections_that_do_not_fit_are_refused_before_any_launch() -> None:
     layer, x = sectioned([300, 200], 100).cuda(), make_x(1, 100, torch.float16).cuda()
-    with pytest.raises(RuntimeError, match="sections add up to 400: they must to N, 500"):
+    with pytest.raises(RuntimeError, match="sections add up to 400: they must to n, 500"):
         ops.gemv(x, *layer.arguments(), [300, 100])
     with pytest.raises(RuntimeError, match=r"thresholds has shape \[2, 4\]: it must be \[3, 4\]"):
         ops.gemv(x, *layer.arguments(), [300, 100, 100])

@@ -109,7 +109,8 @@ def test_opcheck(op: str) -> None:
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ([100, 100], r"sections add up to 200: they must to N, 300"),
+        ([100, 100], r"sections add up to 200: they must to n, 300"),
+        ([0], r"sections\[0\] is 0: allowed are 1 to 300"),
         ([300, 1], r"sections\[1\] is 1: allowed are 1 to 0, the outputs that are left of 300"),
         ([0, 300], r"sections\[0\] is 0: allowed are 1 to 300"),
         ([-1, 301], r"sections\[0\] is -1: allowed are 1 to 300"),
@@ -146,8 +147,13 @@ def test_the_core_without_torch_has_sections_too() -> None:
     np.testing.assert_array_equal(np.asarray(bits), wanted_bits.numpy())
     grades = core.grade(x.numpy(), packed[0], packed[4], *grading, layer.widths, sections=sections)
     assert np.asarray(grades).shape == (3, ROWS, K)
-    with pytest.raises(ValueError, match="sections add up to 299: they must to n, 300"):
-        core.gemv(x.numpy(), *packed, *grading, layer.widths, layer.block, sections=[200, 1, 98])
+    for wrong, message in (
+        ([200, 1, 98], "add up to 299: they must to n, 300"),
+        ([0], r"\[0\] is 0"),
+        ([60] * 5, "has 5"),
+    ):
+        with pytest.raises(ValueError, match=rf"sections ?{message}"):
+            core.gemv(x.numpy(), *packed, *grading, layer.widths, layer.block, sections=wrong)
 
 
 # ---- layers and models
