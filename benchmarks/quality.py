@@ -1,7 +1,7 @@
 """Quality against bits: grinqh beside the known methods, on the same models, layers, calibration and texts.
 
-    python benchmarks/quality.py --json benchmarks/results/quality.json    # --device cuda for a GPU
-    python benchmarks/quality.py --report benchmarks/results/quality.json    # docs/quality.md and its picture
+    python benchmarks/quality.py --models SmolLM2-135M-Instruct --json quality.json    # --device cuda for a GPU
+    python benchmarks/quality.py --report quality.json    # docs/quality.md and its picture; takes several files
 
 Every method quantizes every linear layer but the head, with the first half of Python's help topics as calibration
 text. Perplexity, KL divergence (nats per token) and top-1 agreement are against the model at full precision. grinqh and

@@ -121,8 +121,9 @@ def fuse_linears(model: nn.Module, config: GrinqhConfig, layers: dict[str, nn.Li
         parent = model.get_submodule(group.parent)
         linears = [layers.pop(name) for name in group.names]
         if not hasattr(parent, group.fused):  # else: a parent of several names, which came up by another
-            parent.add_module(group.fused, concatenated(linears))
-            outputs = FusedOutputs(parent, group.fused, [linear.out_features for linear in linears])
+            fused = concatenated(linears)
+            parent.add_module(group.fused, fused)
+            outputs = FusedOutputs(parent, group.fused, list(fused.sections))
             for index, (part, linear) in enumerate(zip(group.parts, linears, strict=True)):
                 setattr(parent, part, FusedPart(outputs, index, linear.in_features, linear.out_features))
         layers[group.fused_name] = getattr(parent, group.fused)
