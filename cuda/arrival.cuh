@@ -1,4 +1,4 @@
-// Barriers in shared memory that count arrivals and copied bytes (mbarrier), and copies that report to them: sm_90.
+// Barriers in shared memory that count arrivals and copied bytes (mbarrier), and copies that report to them (sm_90).
 #pragma once
 #include <cstdint>
 
@@ -21,10 +21,17 @@ __device__ __forceinline__ void arrive_and_expect(std::uint32_t barrier, int byt
 __device__ __forceinline__ void wait(std::uint32_t barrier, int phase) {
   unsigned ended;
   do {
+#if __CUDA_ARCH__ >= 900
     asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
                  : "=r"(ended)
                  : "r"(barrier), "r"(phase & 1)
                  : "memory");
+#else
+    asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(ended)
+                 : "r"(barrier), "r"(phase & 1)
+                 : "memory");
+#endif
   } while (ended == 0);
 }
 

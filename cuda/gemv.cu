@@ -64,8 +64,8 @@ GemvArgs device_args(const GemvParams& p) {
   a.slices = p.plan.slices;
   a.prefetch_slabs = p.plan.prefetch_slabs;
   a.overlap = p.overlap ? 1 : 0;
-  a.tickets = p.plan.drawn ? p.arrivals + gemv_tile_counters(p.plan, p.m) : nullptr;
   while (1 << a.k_warp_bits < p.plan.k_warps) ++a.k_warp_bits;
+  while (1 << a.sharer_bits < p.plan.sharers) ++a.sharer_bits;
   a.columns = p.plan.columns;
   a.chunks = (a.k + kSlab - 1) / kSlab;
   a.slice_channels = (a.chunks + a.slices - 1) / a.slices * kSlab;

@@ -15,12 +15,17 @@
 //
 // SUMS  warp: integers in registers -> block: integers in shared memory -> slice: float32 in `partial`
 //   -> the last block to arrive at a tile adds the slices in their order.
+//
+// TURNS  Between the tiles of a block nothing waits: a warp adds its sums to shared memory and goes on; when it is done
+//   with the next tile, the other warps' sums of the one before are there, and it turns its share of those into
+//   `partial`. Arrivals wait until a warp has no more tiles.
 #pragma once
 #include <cuda_fp16.h>
 
 #include <atomic>
 #include <type_traits>
 
+#include "arrival.cuh"
 #include "input.cuh"
 #include "kernels.h"
 #include "layout.h"
@@ -73,7 +78,6 @@ struct alignas(64) GemvArgs {
   const void* norm_weight;  // [k] or null
   float norm_eps;
   int gated;
-  unsigned* tickets;  // [row groups][slices][sections], or null: groups of warps take their tiles in a fixed stride
   Dtype dtype;
   int m, n;
   int slice_channels;  // at most, in one slice; whole slabs
@@ -88,8 +92,9 @@ struct alignas(64) GemvArgs {
   const void* residual;  // [m][n] or null
   void* y;
   float* partial;      // [slices][m][slots][kTile]
-  unsigned* arrivals;  // [row groups][slots][parts of a tile's outputs]
+  unsigned* arrivals;  // [row groups][slots][sharers]
   int slots;
+  int sharer_bits;  // log2 of the warps of a tile that turn its sums into results
   int planes, sections;
   SectionArgs section[kMaxSections];
   int overlap;  // 1: programmatic dependent launch
@@ -106,8 +111,8 @@ struct Shared {
   static constexpr int kCodeBytes = kSlab * 64;
   static constexpr int kStageBytes = kCodeBytes + kSlab * kBlocks * 2;
   static constexpr int kRing = kWarps * kStages * kStageBytes;
-  // int [groups][rows][kSumsRow]. The lanes of a warp add to different blocks and rows at once: the gaps between those
-  // send them to different banks.
+  // int [groups][turns modulo 2][rows][kSumsRow]. The lanes of a warp add to different blocks and
+  // rows at once: the gaps between those send them to different banks.
   static constexpr int kSums = kRing;
   static constexpr int kGap = 8;
   static constexpr int kRowGap = kRows == 1 ? 0 : (kRows == 2 ? 16 : 8);
@@ -115,7 +120,8 @@ struct Shared {
   static constexpr int kSumsRow = kDenseRow + (kRowGap + 32 - kDenseRow % 32) % 32;
   static_assert(kSumsRow <= kMostSumsRow);
   static __host__ __device__ constexpr int sum_of(int output) { return output + output / (kTile / kBlocks) * kGap; }
-  static __host__ __device__ int entries(int groups) { return kSums + groups * kRows * kSumsRow * 4; }
+  static constexpr int kTurn = kRows * kSumsRow;
+  static __host__ __device__ int entries(int groups) { return kSums + groups * 2 * kTurn * 4; }
   static __host__ __device__ int values(int groups, int capacity) { return entries(groups) + capacity * 4; }
   static __host__ __device__ int total(int groups, int capacity) {
     return values(groups, capacity) + kRows * capacity * 4;
@@ -188,7 +194,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
   __shared__ unsigned bound_bits[kRows], nonfinite;
   __shared__ float square_groups[kRows][kNormGroups], norms[kRows];  // of the rows' norms
   __shared__ Source source[kSubs];
-  __shared__ int tile_queue[kWarps][4];  // by group: its tile of each turn, turns counted modulo 4
+  __shared__ std::uint64_t all_added[kWarps / 2][2];  // by group and turn modulo 2: barriers of its warps
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int g = lane / 4, t = lane % 4;
@@ -202,18 +208,9 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
   const int begin_tile = a.section[section].first_tile, end_tile = a.section[section].end_tile;
   const int workers = a.section[section].columns * groups;  // groups on this slice of the section
   const int first_tile = begin_tile + (blockIdx.y - a.section[section].first_column) * groups + group;
-  const bool leader = k_warp == 0 && lane == 0;
-  int* sums = reinterpret_cast<int*>(shared + Layout::kSums) + group * kRows * Layout::kSumsRow;
+  int* sums = reinterpret_cast<int*>(shared + Layout::kSums) + group * 2 * Layout::kTurn;
   int* entries = reinterpret_cast<int*>(shared + Layout::entries(groups));
   float* values = reinterpret_cast<float*>(shared + Layout::values(groups, a.capacity));
-  const auto meet = [&] {  // the warps that share a tile
-    if (k_warps == 1) {
-      __syncwarp();
-    } else {
-      ptx::barrier(1 + group, k_warps * 32);
-    }
-  };
-
   // Before the previous kernel's results are there: all that x has no part in. Nothing here waits for what it loads.
   struct Channel {
     int index, feature;  // an index of k or more: none
@@ -246,7 +243,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
                     (first_row * std::int64_t{a.n} + tile * kTile + (lane - 16) * 32) *
                         (a.dtype == Dtype::f32 ? 4 : 2));
     if (lane == kTile / 32 && a.slices > 1)
-      ptx::prefetch(a.arrivals + (blockIdx.z * a.slots + tile + section) * gemv_parts(k_warps, kRows));
+      ptx::prefetch(a.arrivals + ((blockIdx.z * a.slots + tile + section) << a.sharer_bits));
   };
   prefetch_outputs(first_tile);
 #pragma unroll 1
@@ -273,36 +270,37 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
   __syncthreads();
   ptx::wait_for_previous_kernel();
   ptx::launch_dependents();
-  unsigned* ticket = a.tickets ? a.tickets + (blockIdx.z * a.slices + slice) * a.sections + section : nullptr;
-  // Every group draws once here and once for each tile it works on, so the last draw is known by its number.
-  unsigned first_draw = 0;
-  if (leader && ticket) first_draw = atomicAdd(ticket, 1);
 
   // Grade the slice and list its entries: one list of channels for each subplane. Every load is issued before
   // the first result is used.
   const bool holds = lane < 16 && lane % 8 < a.subs;  // lane s: subplane s's threshold, lane 8 + s: its gain
   const float held = holds ? __ldcg(&(lane < 8 ? thresholds : a.gain)[item(a.grade_of, lane % 8) - 1]) : 0.0f;
-  const auto read_x = [&](const Channel& c, int m) {
-    return c.index < a.sub[0].channels && m < rows ? load_bits(a.x, (first_row + m) * a.x_stride + c.feature, a.dtype)
-                                                   : 0;
+  struct Input {  // what a channel's x is made of
+    unsigned x[kRows], gated[kRows], norm;
   };
-  const auto read_gated = [&](const Channel& c, int m) {  // what the gate is multiplied with
-    return kAround && a.gated && c.index < a.sub[0].channels && m < rows
-               ? load_bits(a.x, (first_row + m) * a.x_stride + a.k + c.feature, a.dtype)
-               : 0;
-  };
-  const auto read_norm = [&](const Channel& c) {
-    return kAround && a.norm_weight && c.index < a.sub[0].channels ? load_bits(a.norm_weight, c.feature, a.dtype) : 0;
+  const auto read_input = [&](const Channel& c) {
+    Input input;
+    const bool exists = c.index < a.sub[0].channels;
+    const auto read = [&](const void* from, std::int64_t at) { return exists ? load_bits(from, at, a.dtype) : 0; };
+#pragma unroll
+    for (int m = 0; m < kRows; ++m) {
+      const std::int64_t at = (first_row + m) * a.x_stride + c.feature;
+      input.x[m] = m < rows ? read(a.x, at) : 0;
+      input.gated[m] = kAround && a.gated && m < rows ? read(a.x, at + a.k) : 0;  // what the gate is multiplied with
+    }
+    input.norm = kAround && a.norm_weight ? read(a.norm_weight, c.feature) : 0;
+    return input;
   };
   float bound[kRows], factor[kRows], norm[kRows];
-  unsigned next_x[kRows], next_gated[kRows], next_norm = read_norm(channel);
+  Input next = read_input(channel);
 #pragma unroll
   for (int m = 0; m < kRows; ++m) {
     bound[m] = 0;
     norm[m] = 1;
-    next_x[m] = read_x(channel, m);
-    next_gated[m] = read_gated(channel, m);
     factor[m] = a.factor && m < rows ? a.factor[first_row + m] : 1.0f;
+  }
+  if (k_warp == 0 && lane == 0) {
+    for (const std::uint64_t& barrier : all_added[group]) arrival::create(ptx::shared_address(&barrier), k_warps * 32);
   }
   if (kAround && a.norm_weight) {
 #pragma unroll
@@ -326,21 +324,20 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
 #pragma unroll 1
   for (int round = warp; round * a.slices < a.chunks; round += kWarps) {
     const Channel c = channel;
+    const Input input = next;
     float x[kRows];
     channel = next_channel;
+    next = read_input(channel);
+    if constexpr (kMostSliceChunks > 2 * kWarps) next_channel = read_channel(round + 2 * kWarps);
 #pragma unroll
     for (int m = 0; m < kRows; ++m) {
-      x[m] = to_float(next_x[m], a.dtype);
+      x[m] = to_float(input.x[m], a.dtype);
       if (kAround && a.gated) {
-        x[m] = gated_silu(x[m], to_float(next_gated[m], a.dtype), a.dtype);
+        x[m] = gated_silu(x[m], to_float(input.gated[m], a.dtype), a.dtype);
       } else if (kAround && a.norm_weight) {
-        x[m] = normed(x[m], norm[m], to_float(next_norm, a.dtype), a.dtype);
+        x[m] = normed(x[m], norm[m], to_float(input.norm, a.dtype), a.dtype);
       }
-      next_x[m] = read_x(channel, m);
-      next_gated[m] = read_gated(channel, m);
     }
-    next_norm = read_norm(channel);
-    if constexpr (kMostSliceChunks > 2 * kWarps) next_channel = read_channel(round + 2 * kWarps);
     int read[kRows], most = 0;  // subplanes
 #pragma unroll
     for (int m = 0; m < kRows; ++m) {
@@ -396,14 +393,6 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
 #pragma unroll
   for (int s = 0; s < kSubs; ++s) end[s] = (s ? end[s - 1] : 0) + (count[s] + kSlab - 1) / kSlab;
   const int slabs = end[kSubs - 1];
-  // Drawing tiles needs copies that run at most one tile ahead; with fewer slabs the stride is fixed. All
-  // blocks of a slice have the same list, so they agree.
-  const bool drawn = ticket && slabs >= (kStages - 1) * k_warps;
-  if (leader && ticket) {
-    tile_queue[group][1] = begin_tile + workers + static_cast<int>(first_draw);
-    if (!drawn && first_draw == static_cast<unsigned>(workers) - 1) *ticket = 0;
-  }
-  if (drawn) meet();
   struct Slab {
     int sub, at;  // at: its first entry in its list
     float unit;   // weight of a unit of its bits
@@ -427,13 +416,12 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
   const std::uint32_t run_to = ptx::kept(ring_at + row_of(4 * g) * 64 + (t ^ (g / 2 % 2 * 2)) * 16);
   const std::uint32_t scale_to = ptx::kept(ring_at + Layout::kCodeBytes + row_of(lane) * 2 * kBlocks);
   const std::uint32_t list_at = ptx::kept(entries_at + g * 16);
-  int load_tile = slabs ? first_tile : end_tile, load_slab = k_warp, load_turn = 0;
+  int load_tile = slabs ? first_tile : end_tile, load_slab = k_warp;
   const auto load = [&](std::uint32_t stage_at) {
     Slab slab{};
     while (load_slab >= slabs && load_tile < end_tile) {
       load_slab -= slabs;
-      ++load_turn;
-      load_tile = drawn ? tile_queue[group][load_turn % 4] : load_tile + workers;
+      load_tile += workers;
     }
     if (load_tile < end_tile) {
       slab = find(load_slab);
@@ -501,237 +489,244 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
 
   std::uint32_t stage_at = 0,
                 free_at = (kStages - 1) * Layout::kStageBytes;  // the slab's stage; that of the one before
+  // What turning sums into results takes.
+  const int shared_quads = rows * (kTile / 4) >> a.sharer_bits;  // a warp's share of a tile, in quads of outputs
+  const bool shares = k_warp >> a.sharer_bits == 0;
+  const std::int64_t slice_stride = static_cast<std::int64_t>(a.m) * a.slots * kTile;
+  const auto part_of = [&](int tile, int i) {  // the place of outputs i.. of a slice's sums
+    const std::int64_t row = first_row + i / kTile;
+    return (row * a.slots + tile + section) * kTile + i % kTile;
+  };
+  const int from_output = a.section[section].begin, to_output = a.section[section].end;
+  struct Outputs {  // what the results of four outputs need besides their sums
+    float scale[4];
+    unsigned bias[4], residual[4];
+  };
+  const auto read_outputs = [&](int tile, int i) {
+    Outputs outputs;
+    const int output = tile * kTile + i % kTile;
+    const std::int64_t place = (first_row + i / kTile) * std::int64_t{a.n} + output;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const bool exists = output + e >= from_output && output + e < to_output;
+      outputs.scale[e] = exists ? __ldg(&a.row_scale[output + e]) : 0.0f;
+      outputs.bias[e] = exists && a.bias ? load_bits(a.bias, output + e, a.dtype) : 0;
+      outputs.residual[e] = kAround && exists && a.residual ? load_bits(a.residual, place + e, a.dtype) : 0;
+    }
+    return outputs;
+  };
+  const auto finish = [&](int tile, int i, const float4& sum_of_slices, const Outputs& outputs) {
+    const float total[4] = {sum_of_slices.x, sum_of_slices.y, sum_of_slices.z, sum_of_slices.w};
+    const int output = tile * kTile + i % kTile;
+    const std::int64_t place = (first_row + i / kTile) * std::int64_t{a.n} + output;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      float y = total[e] * outputs.scale[e];
+      if (a.bias) y += to_float(outputs.bias[e], a.dtype);
+      if (kAround && a.residual) y = rounded(y, a.dtype) + to_float(outputs.residual[e], a.dtype);
+      if (output + e >= from_output && output + e < to_output) store_number(a.y, place + e, a.dtype, y);
+    }
+  };
+
   int slab = k_warp, turn = 0;
 #pragma unroll 1
-  for (int tile = first_tile; tile < end_tile;) {
-    // For the turn after the next; nothing waits for it before this tile is done.
-    const unsigned later = leader && drawn ? atomicAdd(ticket, 1) : 0;
+  for (int tile = first_tile;;) {
+    const bool over = tile >= end_tile;
+    if (!over) {
 #pragma unroll 1
-    for (; slab < slabs; slab += k_warps) {
-      const Slab now = ahead[0];
-      const bool is_two = !kOneBit || !(a.one_bit >> now.sub & 1);
-      ptx::wait_copies<kStages - 2>();
-      __syncwarp();
+      for (; slab < slabs; slab += k_warps) {
+        const Slab now = ahead[0];
+        const bool is_two = !kOneBit || !(a.one_bit >> now.sub & 1);
+        ptx::wait_copies<kStages - 2>();
+        __syncwarp();
 
-      // Code bits of this lane's 8 channels.
-      std::uint32_t first[2][4], second[2][4];
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (is_two) {
-            const uint2 v = ptx::load_shared2(my_codes + stage_at + (h * 16 + i * 4) * 64);
-            first[h][i] = v.x;
-            second[h][i] = v.y;
-          } else {
-            first[h][i] = ptx::load_shared(ring_at + stage_at + (h * 16 + i * 4 + t) * 32 + g * 4);
-          }
-        }
-      }
-      // Their coefficients: one column of each operand.
-      std::uint32_t coefficient[Column::kParts][Column::kOperands][2];
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float scale[4][Column::kOperands];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const std::uint32_t from = my_scales + stage_at + (h * 16 + i * 4) * kBlocks * 2;
-          if constexpr (Column::kBlocksEach == 1) {
-            // Every lane needs all blocks of its channels: one wide load.
-            std::uint32_t wide[kBlocks / 2];
-            if constexpr (kBlocks == 2) {
-              wide[0] = ptx::load_shared(from);
-            } else if constexpr (kBlocks == 4) {
-              *reinterpret_cast<uint2*>(wide) = ptx::load_shared2(from);
-            } else {
-              *reinterpret_cast<uint4*>(wide) = ptx::load_shared4(from);
-            }
-#pragma unroll
-            for (int f = 0; f < kBlocks; ++f)
-              scale[i][f] = __half2float(__ushort_as_half(static_cast<std::uint16_t>(wide[f / 2] >> (f % 2 * 16))));
-          } else {
-#pragma unroll
-            for (int f = 0; f < Column::kOperands; ++f)
-              scale[i][f] = __half2float(ptx::load_shared_half(from + f * Column::kBlocksEach * 2));
-          }
-        }
-#pragma unroll
-        for (int part = 0; part < Column::kParts; ++part) {
-          const float unit = to_integer[part] * now.unit;
-          const uint4 v = ptx::load_shared4(my_values + (part * Column::kRowsEach * a.capacity + now.at + h * 16) * 4);
-          const float value[4] = {__uint_as_float(v.x) * unit, __uint_as_float(v.y) * unit, __uint_as_float(v.z) * unit,
-                                  __uint_as_float(v.w) * unit};
-#pragma unroll
-          for (int f = 0; f < Column::kOperands; ++f) {
-            std::uint32_t q[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) q[i] = __float_as_uint(fmaf(value[i], scale[i][f], kToInteger + kCarry));
-            const std::uint32_t bytes =
-                __byte_perm(__byte_perm(q[0], q[1], pick), __byte_perm(q[2], q[3], pick), 0x5410) ^ flip;
-            centre[part][f] = __dp4a(static_cast<int>(bytes), is_two ? 0x03030303 : 0x01010101, centre[part][f]);
-            coefficient[part][f][h] = bytes;
-          }
-        }
-      }
-#pragma unroll
-      for (int i = 0; i + 2 < kStages; ++i) ahead[i] = ahead[i + 1];
-      ahead[kStages - 2] = load(free_at);
-
-      // One channel per byte; then each matrix tile's codes, masked in place. Masks that grow within a
-      // block save the last one: a tile's sum is the difference from the one before.
-      constexpr int kNested = kTilesEach < 4 ? kTilesEach : 4;
-#pragma unroll
-      for (int p = 0; p < 4; ++p) {
-        std::uint32_t code[4];  // rows g and g + 8, channels of h = 0 and of h = 1
+        // Code bits of this lane's 8 channels.
+        std::uint32_t first[2][4], second[2][4];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const auto& w = is_two && p >= 2 ? second[h] : first[h];
-          const bool upper = is_two ? p % 2 : p / 2;  // bytes 2, 3 or 0, 1
-          const std::uint32_t ab = __byte_perm(w[0], w[1], upper ? 0x7362 : 0x5140);
-          const std::uint32_t cd = __byte_perm(w[2], w[3], upper ? 0x7362 : 0x5140);
-          const int shift = is_two ? 0 : p % 2;
-          code[2 * h] = __byte_perm(ab, cd, 0x5410) >> shift;
-          code[2 * h + 1] = __byte_perm(ab, cd, 0x7632) >> shift;
-        }
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int i = 4 * p + j, tile_block = i / kTilesEach;
-          const int f = tile_block / Column::kBlocksEach, b = tile_block % Column::kBlocksEach;
-          std::uint32_t mask = 0;
-#pragma unroll
-          for (int n = j - j % kNested; n <= j; ++n) mask |= (is_two ? 0x03030303u : 0x01010101u) << (2 * n);
-#pragma unroll
-          for (int part = 0; part < Column::kParts; ++part) {
-            const std::uint32_t mine = Column::kBlocksEach == 1 || my_block == b ? ~0u : 0u;
-            ptx::mma_u8_s8(sum[part][f][i % kTilesEach], code[0] & mask, code[1] & mask, code[2] & mask, code[3] & mask,
-                           coefficient[part][f][0] & mine, coefficient[part][f][1] & mine);
+          for (int i = 0; i < 4; ++i) {
+            if (is_two) {
+              const uint2 v = ptx::load_shared2(my_codes + stage_at + (h * 16 + i * 4) * 64);
+              first[h][i] = v.x;
+              second[h][i] = v.y;
+            } else {
+              first[h][i] = ptx::load_shared(ring_at + stage_at + (h * 16 + i * 4 + t) * 32 + g * 4);
+            }
           }
         }
-      }
-      free_at = stage_at;
-      stage_at = stage_at == (kStages - 1) * Layout::kStageBytes ? 0 : stage_at + Layout::kStageBytes;
-    }
-    slab -= slabs;
-
-    // Registers -> shared memory: twice the centred sums, as integers. A lane's two columns are the
-    // bytes of one row and block.
-    const int pair_block = 2 * t / Column::kPerBlock, pair_row = 2 * t % Column::kPerBlock / 2;
+        // Their coefficients: one column of each operand.
+        std::uint32_t coefficient[Column::kParts][Column::kOperands][2];
 #pragma unroll
-    for (int operand = 0; operand < Column::kParts * Column::kOperands; ++operand) {
-      const int part = operand / Column::kOperands, f = operand % Column::kOperands;
-      int c = centre[part][f];
-      c += __shfl_xor_sync(~0u, c, 1);
-      c += __shfl_xor_sync(~0u, c, 2);  // lane 4 * column + any holds the column's
-      const int centred = __shfl_sync(~0u, c, t * 8) + 256 * __shfl_sync(~0u, c, t * 8 + 4);
-      int before[4];
+        for (int h = 0; h < 2; ++h) {
+          float scale[4][Column::kOperands];
 #pragma unroll
-      for (int j = 0; j < kTilesEach; ++j) {
-        const int (&kept)[4] = sum[part][f][j];
-        int whole[4];
-        const bool exact = j % 4 == 0;  // not nested
+          for (int i = 0; i < 4; ++i) {
+            const std::uint32_t from = my_scales + stage_at + (h * 16 + i * 4) * kBlocks * 2;
+            if constexpr (Column::kBlocksEach == 1) {
+              // Every lane needs all blocks of its channels: one wide load.
+              std::uint32_t wide[kBlocks / 2];
+              if constexpr (kBlocks == 2) {
+                wide[0] = ptx::load_shared(from);
+              } else if constexpr (kBlocks == 4) {
+                *reinterpret_cast<uint2*>(wide) = ptx::load_shared2(from);
+              } else {
+                *reinterpret_cast<uint4*>(wide) = ptx::load_shared4(from);
+              }
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          whole[e] = exact ? kept[e] : kept[e] - before[e];
-          before[e] = kept[e];
+              for (int f = 0; f < kBlocks; ++f)
+                scale[i][f] = __half2float(__ushort_as_half(static_cast<std::uint16_t>(wide[f / 2] >> (f % 2 * 16))));
+            } else {
+#pragma unroll
+              for (int f = 0; f < Column::kOperands; ++f)
+                scale[i][f] = __half2float(ptx::load_shared_half(from + f * Column::kBlocksEach * 2));
+            }
+          }
+#pragma unroll
+          for (int part = 0; part < Column::kParts; ++part) {
+            const float unit = to_integer[part] * now.unit;
+            const uint4 v =
+                ptx::load_shared4(my_values + (part * Column::kRowsEach * a.capacity + now.at + h * 16) * 4);
+            const float value[4] = {__uint_as_float(v.x) * unit, __uint_as_float(v.y) * unit,
+                                    __uint_as_float(v.z) * unit, __uint_as_float(v.w) * unit};
+#pragma unroll
+            for (int f = 0; f < Column::kOperands; ++f) {
+              std::uint32_t q[4];
+#pragma unroll
+              for (int i = 0; i < 4; ++i) q[i] = __float_as_uint(fmaf(value[i], scale[i][f], kToInteger + kCarry));
+              const std::uint32_t bytes =
+                  __byte_perm(__byte_perm(q[0], q[1], pick), __byte_perm(q[2], q[3], pick), 0x5410) ^ flip;
+              centre[part][f] = __dp4a(static_cast<int>(bytes), is_two ? 0x03030303 : 0x01010101, centre[part][f]);
+              coefficient[part][f][h] = bytes;
+            }
+          }
         }
-        if (pair_block < Column::kBlocksEach) {
-          const int i = (f * Column::kBlocksEach + pair_block) * kTilesEach + j;
-          int* to = &sums[(part * Column::kRowsEach + pair_row) * Layout::kSumsRow + Layout::sum_of(16 * i) + g];
-          const int down = 2 * (i % 4);
-          const int upper = 2 * (256 * (whole[1] >> down) + (whole[0] >> down)) - centred;
-          const int lower = 2 * (256 * (whole[3] >> down) + (whole[2] >> down)) - centred;
-          if (k_warps == 1) {
-            to[0] = upper;
-            to[8] = lower;
-          } else {
+#pragma unroll
+        for (int i = 0; i + 2 < kStages; ++i) ahead[i] = ahead[i + 1];
+        ahead[kStages - 2] = load(free_at);
+
+        // One channel per byte; then each matrix tile's codes, masked in place. Masks that grow within a
+        // block save the last one: a tile's sum is the difference from the one before.
+        constexpr int kNested = kTilesEach < 4 ? kTilesEach : 4;
+#pragma unroll
+        for (int p = 0; p < 4; ++p) {
+          std::uint32_t code[4];  // rows g and g + 8, channels of h = 0 and of h = 1
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const auto& w = is_two && p >= 2 ? second[h] : first[h];
+            const bool upper = is_two ? p % 2 : p / 2;  // bytes 2, 3 or 0, 1
+            const std::uint32_t ab = __byte_perm(w[0], w[1], upper ? 0x7362 : 0x5140);
+            const std::uint32_t cd = __byte_perm(w[2], w[3], upper ? 0x7362 : 0x5140);
+            const int shift = is_two ? 0 : p % 2;
+            code[2 * h] = __byte_perm(ab, cd, 0x5410) >> shift;
+            code[2 * h + 1] = __byte_perm(ab, cd, 0x7632) >> shift;
+          }
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const int i = 4 * p + j, tile_block = i / kTilesEach;
+            const int f = tile_block / Column::kBlocksEach, b = tile_block % Column::kBlocksEach;
+            std::uint32_t mask = 0;
+#pragma unroll
+            for (int n = j - j % kNested; n <= j; ++n) mask |= (is_two ? 0x03030303u : 0x01010101u) << (2 * n);
+#pragma unroll
+            for (int part = 0; part < Column::kParts; ++part) {
+              const std::uint32_t mine = Column::kBlocksEach == 1 || my_block == b ? ~0u : 0u;
+              ptx::mma_u8_s8(sum[part][f][i % kTilesEach], code[0] & mask, code[1] & mask, code[2] & mask,
+                             code[3] & mask, coefficient[part][f][0] & mine, coefficient[part][f][1] & mine);
+            }
+          }
+        }
+        free_at = stage_at;
+        stage_at = stage_at == (kStages - 1) * Layout::kStageBytes ? 0 : stage_at + Layout::kStageBytes;
+      }
+      slab -= slabs;
+    }
+    if (turn > 0) arrival::wait(ptx::shared_address(&all_added[group][(turn - 1) % 2]), (turn - 1) / 2);
+    if (!over) {
+      // Registers -> shared memory: twice the centred sums, as integers. A lane's two columns are the
+      // bytes of one row and block.
+      const int pair_block = 2 * t / Column::kPerBlock, pair_row = 2 * t % Column::kPerBlock / 2;
+#pragma unroll
+      for (int operand = 0; operand < Column::kParts * Column::kOperands; ++operand) {
+        const int part = operand / Column::kOperands, f = operand % Column::kOperands;
+        int c = centre[part][f];
+        c += __shfl_xor_sync(~0u, c, 1);
+        c += __shfl_xor_sync(~0u, c, 2);  // lane 4 * column + any holds the column's
+        const int centred = __shfl_sync(~0u, c, t * 8) + 256 * __shfl_sync(~0u, c, t * 8 + 4);
+        int before[4];
+#pragma unroll
+        for (int j = 0; j < kTilesEach; ++j) {
+          const int (&kept)[4] = sum[part][f][j];
+          int whole[4];
+          const bool exact = j % 4 == 0;  // not nested
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            whole[e] = exact ? kept[e] : kept[e] - before[e];
+            before[e] = kept[e];
+          }
+          if (pair_block < Column::kBlocksEach) {
+            const int i = (f * Column::kBlocksEach + pair_block) * kTilesEach + j;
+            int* to = &sums[turn % 2 * Layout::kTurn + (part * Column::kRowsEach + pair_row) * Layout::kSumsRow +
+                            Layout::sum_of(16 * i) + g];
+            const int down = 2 * (i % 4);
+            const int upper = 2 * (256 * (whole[1] >> down) + (whole[0] >> down)) - centred;
+            const int lower = 2 * (256 * (whole[3] >> down) + (whole[2] >> down)) - centred;
             atomicAdd(&to[0], upper);
             atomicAdd(&to[8], lower);
           }
         }
       }
     }
-    clear();
-    if (leader && drawn) {
-      tile_queue[group][(turn + 2) % 4] = begin_tile + workers + static_cast<int>(later);
-      if (later == static_cast<unsigned>(workers + end_tile - begin_tile) - 1) *ticket = 0;
-    }
-    meet();
 
-    // Shared memory -> float32 of the slice, or the result where there is one slice only; four outputs a thread. From
-    // here on every warp goes its own way: its part of the tile has an arrival counter of its own.
-    const int first_output = (k_warp * 32 + lane) * 4, step = k_warps * 128;
-    const std::int64_t slice_stride = static_cast<std::int64_t>(a.m) * a.slots * kTile;
-    const auto part_of = [&](int i) {  // the place of outputs i.. of a slice's sums
-      const std::int64_t row = first_row + i / kTile;
-      return (row * a.slots + tile + section) * kTile + i % kTile;
-    };
-    const int from_output = a.section[section].begin, to_output = a.section[section].end;
-    struct Outputs {  // what the results of four outputs need besides their sums
-      float scale[4];
-      unsigned bias[4], residual[4];
-    };
-    const auto read_outputs = [&](int i) {
-      Outputs outputs;
-      const int output = tile * kTile + i % kTile;
-      const std::int64_t place = (first_row + i / kTile) * std::int64_t{a.n} + output;
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const bool exists = output + e >= from_output && output + e < to_output;
-        outputs.scale[e] = exists ? __ldg(&a.row_scale[output + e]) : 0.0f;
-        outputs.bias[e] = exists && a.bias ? load_bits(a.bias, output + e, a.dtype) : 0;
-        outputs.residual[e] = kAround && exists && a.residual ? load_bits(a.residual, place + e, a.dtype) : 0;
-      }
-      return outputs;
-    };
-    const auto finish = [&](int i, const float4& sum_of_slices, const Outputs& outputs) {
-      const float total[4] = {sum_of_slices.x, sum_of_slices.y, sum_of_slices.z, sum_of_slices.w};
-      const int output = tile * kTile + i % kTile;
-      const std::int64_t place = (first_row + i / kTile) * std::int64_t{a.n} + output;
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        float y = total[e] * outputs.scale[e];
-        if (a.bias) y += to_float(outputs.bias[e], a.dtype);
-        if (kAround && a.residual) y = rounded(y, a.dtype) + to_float(outputs.residual[e], a.dtype);
-        if (output + e >= from_output && output + e < to_output) store_number(a.y, place + e, a.dtype, y);
-      }
-    };
+    // The turn before. Shared memory -> float32 of the slice, or the result where there is one slice only; four outputs
+    // a lane.
+    if (turn > 0 && shares) {
+      const int before = tile - workers;
 #pragma unroll 1
-    for (int i = first_output; i < rows * kTile; i += step) {
-      const int m = i / kTile;
-      int4* sums_at = reinterpret_cast<int4*>(&sums[m * Layout::kSumsRow + Layout::sum_of(i % kTile)]);
-      const int4 whole = *sums_at;
-      *sums_at = int4{};
-      const float unit = __uint_as_float(bound_bits[m]) * (0.5f / kLargest * first_unit);
-      float4 part{unit * whole.x, unit * whole.y, unit * whole.z, unit * whole.w};
-      if (nonfinite >> m & 1) {
-        const int output = tile * kTile + i % kTile, row = first_row + m;
-        part.x += nonfinite_sum<kAround>(a, slice, row, kAround ? norms[m] : 1.0f, output);
-        part.y += nonfinite_sum<kAround>(a, slice, row, kAround ? norms[m] : 1.0f, output + 1);
-        part.z += nonfinite_sum<kAround>(a, slice, row, kAround ? norms[m] : 1.0f, output + 2);
-        part.w += nonfinite_sum<kAround>(a, slice, row, kAround ? norms[m] : 1.0f, output + 3);
+      for (int quad = lane; quad < shared_quads; quad += 32) {
+        const int i = (k_warp * shared_quads + quad) * 4, m = i / kTile;
+        int4* sums_at = reinterpret_cast<int4*>(
+            &sums[(turn - 1) % 2 * Layout::kTurn + m * Layout::kSumsRow + Layout::sum_of(i % kTile)]);
+        const int4 whole = *sums_at;
+        *sums_at = int4{};
+        const float unit = __uint_as_float(bound_bits[m]) * (0.5f / kLargest * first_unit);
+        float4 part{unit * whole.x, unit * whole.y, unit * whole.z, unit * whole.w};
+        if (nonfinite >> m & 1) {
+          const int output = before * kTile + i % kTile, row = first_row + m;
+          part.x += nonfinite_sum<kAround>(a, slice, row, kAround ? norms[m] : 1.0f, output);
+          part.y += nonfinite_sum<kAround>(a, slice, row, kAround ? norms[m] : 1.0f, output + 1);
+          part.z += nonfinite_sum<kAround>(a, slice, row, kAround ? norms[m] : 1.0f, output + 2);
+          part.w += nonfinite_sum<kAround>(a, slice, row, kAround ? norms[m] : 1.0f, output + 3);
+        }
+        if (a.slices > 1) {
+          __stcg(reinterpret_cast<float4*>(a.partial + slice * slice_stride + part_of(before, i)), part);
+        } else {
+          finish(before, i, part, read_outputs(before, i));
+        }
       }
-      if (a.slices > 1) {
-        __stcg(reinterpret_cast<float4*>(a.partial + slice * slice_stride + part_of(i)), part);
-      } else {
-        finish(i, part, read_outputs(i));
-      }
-    }
-    if (a.slices > 1 && k_warp * 128 < rows * kTile) {
-      unsigned* arrivals = a.arrivals + (blockIdx.z * a.slots + tile + section) * gemv_parts(k_warps, kRows) + k_warp;
-      bool last = false;
-      // The warp's barriers carry its stores to the counter, and the others' stores from it.
-      __syncwarp();
-      if (lane == 0) last = ptx::arrive(arrivals) == static_cast<unsigned>(a.slices - 1);
-      last = __shfl_sync(~0u, last, 0);
-      __syncwarp();
-      if (last) {
-        if (lane == 0) *arrivals = 0;
+
+      // What was stored is announced, and results are written where this slice's share was the last.
+      if (a.slices > 1 && (turn % 32 == 0 || over)) {
+        const int tiles = (turn - 1) % 32 + 1, first_stored = before - (tiles - 1) * workers;
+        bool last = false;
+        // The warp's barriers carry its stores to the counters, and the others' stores from them.
+        __syncwarp();
+        if (lane < tiles) {
+          unsigned* arrivals =
+              a.arrivals + ((blockIdx.z * a.slots + first_stored + lane * workers + section) << a.sharer_bits) + k_warp;
+          last = ptx::arrive(arrivals) == static_cast<unsigned>(a.slices - 1);
+          if (last) *arrivals = 0;
+        }
+        const unsigned lasts = __ballot_sync(~0u, last);
 #pragma unroll 1
-        for (int i = first_output; i < rows * kTile; i += step) {
-          const Outputs outputs = read_outputs(i);
-          const float* parts = a.partial + part_of(i);
+        for (int first = 0; lasts && first < tiles * shared_quads; first += 32) {
+          const int quad = first + lane, of = quad / shared_quads;
+          const int done = first_stored + of * workers, i = (k_warp * shared_quads + quad % shared_quads) * 4;
+          if (of >= tiles || !(lasts >> of & 1)) continue;
+          const Outputs outputs = read_outputs(done, i);
+          const float* parts = a.partial + part_of(done, i);
           float4 total{};
-#pragma unroll 8
+#pragma unroll kBlocks == 8 ? 4 : 8
           for (int s = 0; s < a.slices; ++s) {
             const float4 part = __ldcg(reinterpret_cast<const float4*>(parts + s * slice_stride));
             total.x += part.x;
@@ -739,13 +734,15 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
             total.z += part.z;
             total.w += part.w;
           }
-          finish(i, total, outputs);
+          finish(done, i, total, outputs);
         }
       }
     }
+    if (over) break;
+    clear();
+    arrival::arrive(ptx::shared_address(&all_added[group][turn % 2]));
     ++turn;
-    tile = drawn ? tile_queue[group][turn % 4] : tile + workers;
-    if (tile < end_tile) meet();  // before the next tile's sums
+    tile += workers;
     prefetch_outputs(tile);
   }
 }

@@ -19,12 +19,12 @@ namespace grinqh::cuda {
 // that tile is then worked on twice, in two slots, tile + section.
 struct GemvPlan {
   int slices = 1;                           // parts of K
-  int k_warps = 1;                          // warps that share a tile: 1, 2, 4, 8 or 16
+  int k_warps = 2;                          // warps that share a tile: 2, 4, 8 or 16
+  int sharers = 2;                          // of those: the ones that turn its sums into results
   int columns = 1;                          // blocks for each slice
   int section_columns[kMaxSections] = {1};  // those of each section, one section after the other
   int sections = 1;
   std::int64_t slots = 0;  // of tiles
-  bool drawn = false;      // groups draw their next tile from a counter instead of a fixed stride
   int prefetch_slabs = 0;  // slabs of the first subplane that a warp fetches to L2 before x is known
   bool large = true;       // the kernels for GPUs with much shared memory
 };
@@ -60,9 +60,6 @@ constexpr GemvInstance gemv_instance(std::int64_t m, bool one_bit, bool large) {
 inline constexpr int kMostSliceChunks = 32;      // of kSlab channels, in one slice
 inline constexpr int kMostSumsRow = kTile + 80;  // ints of a row's sums with the gaps between its blocks
 
-// Parts of a tile's outputs that arrive on their own: one for each warp that has 128 outputs of the rows or more.
-GRINQH_HOST_DEVICE constexpr int gemv_parts(int k_warps, int rows) { return k_warps < 2 * rows ? k_warps : 2 * rows; }
-
 // More rows than an instance takes are further layers of the grid.
 constexpr std::int64_t gemv_layers(std::int64_t m, bool large) {
   const int rows = gemv_instance(m, false, large).rows;
@@ -85,7 +82,8 @@ inline constexpr int kStageBytes = kSlab * (run_bytes(2) + 16);
 // The shared memory that an instance needs: copies in flight, sums of the groups, and for each channel and
 // subplane an entry of a list with a value for each row.
 constexpr int shared_bytes(const GemvInstance& instance, int k_warps, int subplanes, int slice_chunks) {
-  return instance.warps * instance.stages * kStageBytes + instance.warps / k_warps * instance.rows * kMostSumsRow * 4 +
+  return instance.warps * instance.stages * kStageBytes +
+         2 * (instance.warps / k_warps) * instance.rows * kMostSumsRow * 4 +
          slice_chunks * kSlab * subplanes * 4 * (1 + instance.rows) + 2048;
 }
 
@@ -100,9 +98,10 @@ constexpr int most_slice_chunks(const GemvShape& shape, const Gpu& gpu) {
   return chunks;
 }
 
-// What a cut costs, in nanoseconds of an H100 (docs/kernel-notes.md): streaming, the grading of a slice,
-// the reduction over slices and the work between two tiles of a group.
-constexpr double kPerChannelTile = 4.5, kPerRound = 500, kPerSlice = 60, kPerTurn = 500;
+// What a cut costs, in nanoseconds (docs/kernel-notes.md): streaming, the grading of a slice, a slice's sums of a tile,
+// the tiles that a block reads from at once, and a turn for each of the warps that share its tile.
+constexpr double kPerChannelTile = 4.5, kPerRound = 1200, kPerSlice = 20, kPerSliceTile = 2.8, kPerGroup = 100,
+                 kPerTurnWarp = 30;
 
 struct Cut {
   GemvPlan plan;
@@ -132,22 +131,23 @@ inline Cut best_with_slices(const GemvShape& shape, const Gpu& gpu, int slices, 
     tiles[s] = range.end - range.begin;
   }
   const int slice_chunks = (chunks + slices - 1) / slices;
-  const double fixed = (slice_chunks + warps - 1) / warps * kPerRound + slices * kPerSlice;
-  for (int k_warps = 1; k_warps <= warps; k_warps *= 2) {
+  const double fixed = (slice_chunks + warps - 1) / warps * kPerRound +
+                       slices * (kPerSlice + static_cast<double>(tile_count(shape.n)) * kPerSliceTile);
+  for (int k_warps = 2; k_warps <= warps; k_warps *= 2) {
     if (shared_bytes(instance, k_warps, shape.subplanes, slice_chunks) > gpu.shared_bytes) continue;
     const int groups = warps / k_warps;
     for (int s = 0; s < sections; ++s) wanted[s] = (tiles[s] + groups - 1) / groups;
     GemvPlan plan{.slices = slices, .k_warps = k_warps, .sections = sections};
     share_columns(wanted, gpu.multiprocessors / slices, plan);
-    double turns = 0, whole = 0;  // of the slowest section
+    double turns = 0;  // of the slowest section
     for (int s = 0; s < sections; ++s) {
       const int columns = plan.section_columns[s];
-      turns = std::max(turns, static_cast<double>(tiles[s]) / (columns * groups));
-      whole = std::max(whole, static_cast<double>((wanted[s] + columns - 1) / columns));
+      turns = std::max(turns, static_cast<double>((wanted[s] + columns - 1) / columns));
     }
-    plan.drawn = turns >= 3;
-    if (plan.drawn) whole = turns + 0.5;
-    const double cost = fixed + whole * (groups * slice_chunks * kSlab * kPerChannelTile) + (whole - 1) * kPerTurn;
+    // One tile's results are soon written by few warps, those of many tiles by all.
+    plan.sharers = turns > 1 ? k_warps : std::min(k_warps, 2 * instance.rows);
+    const double cost = fixed + turns * (groups * slice_chunks * kSlab * kPerChannelTile) + groups * kPerGroup +
+                        (turns - 1) * k_warps * kPerTurnWarp;
     if (cost < best.cost) best = {plan, cost};
   }
   return best;
@@ -176,16 +176,13 @@ inline GemvPlan plan_gemv(const GemvShape& shape, const Gpu& gpu) {
   return plan;
 }
 
-// Workspace: floats for the slices' sums, and counters (one for each part of a tile, then one for each slice and
-// section, in every layer of the grid) that are zero before and after.
+// Workspace: floats for the slices' sums, and counters, one for each sharer of a tile in every layer of the grid, that
+// are zero before and after.
 constexpr std::int64_t gemv_partial_count(const GemvPlan& plan, std::int64_t m) {
   return plan.slices > 1 ? plan.slices * m * plan.slots * kTile : 0;
 }
-constexpr std::int64_t gemv_tile_counters(const GemvPlan& plan, std::int64_t m) {
-  return gemv_layers(m, plan.large) * plan.slots * gemv_parts(plan.k_warps, gemv_instance(m, false, plan.large).rows);
-}
 constexpr std::int64_t gemv_counter_count(const GemvPlan& plan, std::int64_t m) {
-  return gemv_tile_counters(plan, m) + gemv_layers(m, plan.large) * plan.slices * plan.sections;
+  return gemv_layers(m, plan.large) * plan.slots * plan.sharers;
 }
 
 }  // namespace grinqh::cuda

@@ -73,6 +73,9 @@ TEST_P(PlanOfShape, FitsSharedMemoryAndCoversTheTiles) {
             plan_detail::shared_bytes(instance, plan.k_warps, subplanes, (chunks + plan.slices - 1) / plan.slices),
             gpu.shared_bytes);
         EXPECT_EQ(instance.warps % plan.k_warps, 0);
+        EXPECT_GE(plan.k_warps, 2);
+        EXPECT_EQ(plan.k_warps % plan.sharers, 0);
+        EXPECT_EQ(instance.rows * kTile / 4 % plan.sharers, 0);  // in quads of outputs
         EXPECT_GE(plan.columns, 1);
         EXPECT_LE(plan.slices, chunks);
       }
@@ -85,20 +88,26 @@ INSTANTIATE_TEST_SUITE_P(Shapes, PlanOfShape,
                                          std::tuple{28672, 4096}, std::tuple{4096, 14336}, std::tuple{57344, 8192},
                                          std::tuple{8192, 28672}, std::tuple{300, 100000}));
 
-TEST(Plan, WorkspaceCountsEveryPartOfATileAndEverySliceOfEveryLayer) {
+TEST(Plan, WorkspaceCountsEverySharerOfATileInEveryLayer) {
   GemvPlan plan;
   plan.slices = 3;
   plan.slots = 2;
+  plan.sharers = 2;
   EXPECT_EQ(gemv_partial_count(plan, 2), 3 * 2 * 512);
-  EXPECT_EQ(gemv_counter_count(plan, 1), 2 + 3);
-  EXPECT_EQ(gemv_counter_count(plan, 16), 2 * (2 + 3));
-  plan.k_warps = 4;  // a tile's 256 outputs of one row are two parts of 128, those of eight rows four
-  EXPECT_EQ(gemv_counter_count(plan, 1), 2 * 2 + 3);
-  EXPECT_EQ(gemv_counter_count(plan, 16), 2 * (2 * 4 + 3));
-  plan.sections = 2;
-  EXPECT_EQ(gemv_counter_count(plan, 1), 2 * 2 + 2 * 3);
+  EXPECT_EQ(gemv_counter_count(plan, 1), 2 * 2);
+  EXPECT_EQ(gemv_counter_count(plan, 16), 2 * 2 * 2);
+  plan.sharers = 4;
+  EXPECT_EQ(gemv_counter_count(plan, 1), 2 * 4);
   plan.slices = 1;
   EXPECT_EQ(gemv_partial_count(plan, 2), 0);
+}
+
+TEST(Plan, AllWarpsOfATileShareItsResultsWhereABlockHasSeveral) {
+  for (const int m : {1, 2, 4, 8}) {
+    const GemvPlan several = plan_gemv({57344, 8192, m}, kH100), one = plan_gemv({4096, 4096, m}, kH100);
+    EXPECT_EQ(several.sharers, several.k_warps);
+    EXPECT_EQ(one.sharers, std::min(one.k_warps, 2 * m));
+  }
 }
 
 TEST(Plan, EverySectionHasColumnsAndNoTwoShareATileSlot) {

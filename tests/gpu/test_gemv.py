@@ -42,6 +42,23 @@ def test_agrees_with_the_cpu_for_odd_sizes(n: int, k: int) -> None:
     assert relative_error(y, ops.gemv(x, *layer.arguments())) < COEFFICIENT_ERROR
 
 
+def test_a_block_may_work_on_more_tiles_than_arrive_at_once() -> None:
+    small, x = make_layer(2048, 1056, (2,)), make_x(8, 1056, torch.float32)  # more than one slice of K
+    times = 1100
+    tiled = small.cuda()
+    bounds = tiled.block_scale[-1:]
+    scale = tiled.block_scale[:-1].flatten().repeat(times).view(-1, 1056)
+    large = replace(
+        tiled,
+        planes=[plane.repeat(1, times, 1, 1) for plane in tiled.planes],
+        block_scale=torch.cat([scale, bounds]),
+        row_scale=tiled.row_scale.repeat(times),
+    )
+    y = ops.gemv(x.cuda(), *large.arguments()).view(8, times, 2048)
+    assert torch.equal(y, y[:, :1].expand_as(y))
+    assert relative_error(y[:, 0], ops.gemv(x, *small.arguments())) < COEFFICIENT_ERROR
+
+
 @pytest.mark.parametrize("channels", [(300, 200, 33, 0), (300, 300, 1, 1), (5, 0, 0, 0), (0, 0, 0, 0)])
 def test_a_grade_ends_at_the_last_stored_plane(channels: tuple[int, ...]) -> None:
     layer, x = make_layer(200, 300, channels=channels), make_x(3, 300, torch.float32)
