@@ -99,7 +99,7 @@ constexpr int most_slice_chunks(const GemvShape& shape, const Gpu& gpu) {
 }
 
 // What a cut costs, in nanoseconds (docs/kernel-notes.md): streaming, the grading of a slice, a slice's sums of a tile,
-// the tiles that a block reads from at once, and a turn for each of the warps that share its tile.
+// the tiles that a block reads from at once, and a turn for each row and warp that shares its tile.
 constexpr double kPerChannelTile = 4.5, kPerRound = 1200, kPerSlice = 20, kPerSliceTile = 2.8, kPerGroup = 100,
                  kPerTurnWarp = 30;
 
@@ -147,7 +147,7 @@ inline Cut best_with_slices(const GemvShape& shape, const Gpu& gpu, int slices, 
     // One tile's results are soon written by few warps, those of many tiles by all.
     plan.sharers = turns > 1 ? k_warps : std::min(k_warps, 2 * instance.rows);
     const double cost = fixed + turns * (groups * slice_chunks * kSlab * kPerChannelTile) + groups * kPerGroup +
-                        (turns - 1) * k_warps * kPerTurnWarp;
+                        (turns - 1) * k_warps * instance.rows * kPerTurnWarp;
     if (cost < best.cost) best = {plan, cost};
   }
   return best;
