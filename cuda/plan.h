@@ -99,9 +99,10 @@ constexpr int most_slice_chunks(const GemvShape& shape, const Gpu& gpu) {
 }
 
 // What a cut costs, in nanoseconds (docs/kernel-notes.md): streaming, the grading of a slice, a slice's sums of a tile,
-// the tiles that a block reads from at once, and a turn for each row and warp that shares its tile.
-constexpr double kPerChannelTile = 4.5, kPerRound = 1200, kPerSlice = 20, kPerSliceTile = 2.8, kPerGroup = 100,
-                 kPerTurnWarp = 30;
+// a turn for each row and for each of the warps that share a tile; and by how much every tile that a block reads from
+// at once slows the streaming.
+constexpr double kPerChannelTile = 4.5, kPerRound = 1300, kPerSlice = 60, kPerSliceTile = 2.8, kPerTurnRow = 250,
+                 kPerTurnWarp = 15, kSlowedByGroup = 0.003;
 
 struct Cut {
   GemvPlan plan;
@@ -146,8 +147,9 @@ inline Cut best_with_slices(const GemvShape& shape, const Gpu& gpu, int slices, 
     }
     // One tile's results are soon written by few warps, those of many tiles by all.
     plan.sharers = turns > 1 ? k_warps : std::min(k_warps, 2 * instance.rows);
-    const double cost = fixed + turns * (groups * slice_chunks * kSlab * kPerChannelTile) + groups * kPerGroup +
-                        (turns - 1) * k_warps * instance.rows * kPerTurnWarp;
+    const double cost = fixed +
+                        turns * groups * slice_chunks * kSlab * kPerChannelTile * (1 + groups * kSlowedByGroup) +
+                        (turns - 1) * (instance.rows * kPerTurnRow + k_warps * kPerTurnWarp);
     if (cost < best.cost) best = {plan, cost};
   }
   return best;

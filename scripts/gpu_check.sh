@@ -13,9 +13,7 @@ trap 'rm -rf "$logs"' EXIT
 for tool in memcheck racecheck initcheck synccheck; do
   (
     status=0
-    # Every block of every launch has barriers of its own, and synccheck keeps track of all it has seen.
-    more=$([ "$tool" = synccheck ] && echo "--num-cuda-barriers 1000000" || :)
-    compute-sanitizer --tool "$tool" $more --error-exitcode 1 --kernel-name-exclude kernel_substring=at:: \
+    compute-sanitizer --tool "$tool" --error-exitcode 1 --kernel-name-exclude kernel_substring=at:: \
       python3 -m pytest -q -p no:cacheprovider -k "$skip" "$@" . >"$logs/$tool" 2>&1 || status=$?
     echo "$status" >"$logs/$tool.status"
   ) &
