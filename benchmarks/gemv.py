@@ -1,7 +1,7 @@
 """Times the GEMV on one GPU against dense and 4-bit rivals, in one run, and writes JSON.
 
     python benchmarks/gemv.py --json benchmarks/results/gemv_h100.json
-    python benchmarks/gemv.py --report benchmarks/results/gemv_h100.json   # the table of docs/performance.md
+    python benchmarks/gemv.py --report RESULTS ...   # the tables and pictures of docs/performance.md
 
 Every figure is the median over replays of a CUDA graph of many calls on rotating copies of the weights, which
 together exceed the L2 cache several times. Rivals that are not installed are left out.
@@ -229,7 +229,7 @@ def streaming_read() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the results here")
-    parser.add_argument("--report", type=Path, help="write docs/performance.md from these results, time nothing")
+    parser.add_argument("--report", type=Path, nargs="+", help="write docs/performance.md from these results only")
     parser.add_argument("--shapes", type=int, nargs="*", default=list(range(len(SHAPES))), help="indices of SHAPES")
     parser.add_argument("--widths", nargs="*", default=["2,2,2,2"], help="plane widths (default: %(default)s)")
     parser.add_argument("--bits", type=float, nargs="*", default=[1, 2, 2.5, 3, 4, 8])
@@ -238,7 +238,7 @@ def main() -> None:
     parser.add_argument("--rivals", nargs="*", default=list(RIVALS), choices=list(RIVALS))
     options = parser.parse_args()
     if options.report:
-        write_report(json.loads(options.report.read_text()), Path(__file__).parent.parent / "docs")
+        write_report(options.report, Path(__file__).parent.parent / "docs")
         return
 
     results: dict[str, Any] = {

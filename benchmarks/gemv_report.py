@@ -1,7 +1,8 @@
-"""docs/performance.md and its picture from the results of gemv.py."""
+"""docs/performance.md and its pictures from the results of gemv.py."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -106,22 +107,31 @@ def plot(results: dict[str, Any], to: Path) -> None:
     figure.savefig(to, dpi=110)
 
 
-def write_report(results: dict[str, Any], docs: Path) -> None:
-    """Replaces the generated part of docs/performance.md and draws docs/performance.png."""
-    page = docs / "performance.md"
-    text = page.read_text()
-    table = (
-        f"{results['gpu']}, torch {results['torch']}, streaming read {results['read_tb_s']:.2f} TB/s.\n\n"
+def _section(results: dict[str, Any], picture: str) -> str:
+    text = (
+        f"### {results['gpu']}\n\n"
+        f"Commit {results['commit']}, {results['date']}; torch {results['torch']}; streaming read "
+        f"{results['read_tb_s']:.2f} TB/s.\n\n"
         "One row, microseconds (share of the streaming read, speed over cuBLAS float16):\n\n"
-        f"{one_row_table(results)}\n\n"
+        f"{one_row_table(results)}\n\n![Time against read bits]({picture})\n\n"
     )
     if len({row["m"] for row in results["rows"] if row["name"] == "grinqh"}) > 1:
-        table += f"More rows at 3 read bits each, microseconds (speed over cuBLAS):\n\n{many_rows_table(results)}\n\n"
+        text += f"More rows at 3 read bits each, microseconds (speed over cuBLAS):\n\n{many_rows_table(results)}\n\n"
     if any(row["name"] == "in full" for row in results["rows"]):
-        table += (
+        text += (
             "All stored bits, microseconds: as `linear` reads them above `max_graded_rows` rows / a dense copy and "
             f"cuBLAS / cuBLAS with float16 weights:\n\n{full_table(results)}\n\n"
         )
+    return text
+
+
+def write_report(files: list[Path], docs: Path) -> None:
+    """Replaces the generated part of docs/performance.md and draws a picture of each file beside it."""
+    page = docs / "performance.md"
+    text, sections = page.read_text(), ""
+    for file in files:
+        results, picture = json.loads(file.read_text()), f"{file.stem}.png"
+        sections += _section(results, picture)
+        plot(results, docs / picture)
     before, rest = text.split(BEGIN)
-    page.write_text(before + BEGIN + "\n" + table + END + rest.split(END)[1])
-    plot(results, docs / "performance.png")
+    page.write_text(before + BEGIN + "\n" + sections + END + rest.split(END)[1])
