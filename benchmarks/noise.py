@@ -3,8 +3,8 @@
     python benchmarks/noise.py --json benchmarks/results/noise.json
     python benchmarks/noise.py --report benchmarks/results/noise.json    # the table of docs/quality.md
 
-The model and the texts are those of quality.py, the recipe is the default one. Only the seed of the noise differs, and
-with it what is taken as full precision.
+The model and the texts are those of quality.py, the recipes are the default one and the finest format that there is.
+Only the seed of the noise differs, and with it what is taken as full precision.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ from tqdm import tqdm
 import grinqh
 from grinqh.evaluate import Reference, Windows, evaluate, token_windows
 
+RECIPES: dict[str, dict[str, Any]] = {  # what differs from GrinqhConfig's defaults
+    "default": {},
+    "planes of 1 bit, blocks of 32": {"plane_widths": (1,) * 8, "block": 32},
+}
 READ_BITS = (8.0, 4.0, 3.0, 2.5, 2.0)
 LENGTH = 512  # tokens of a window, and of a calibration sequence
 CALIBRATION_TOKENS = 4096
@@ -49,26 +53,30 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(lab: LabModel, calibration: str, windows: Windows) -> Iterator[dict[str, Any]]:
-    """Rows of one noise, by setting of the dial."""
+    """Rows of one noise, by recipe and setting of the dial."""
     ids = list(token_windows(lab.tokenizer, calibration, LENGTH, CALIBRATION_TOKENS // LENGTH).ids)
     full = Reference(lambda: lab.model)
-    model: Any = grinqh.quantize_model(copy.deepcopy(lab.model), progress=False)
-    grinqh.calibrate(model, ids, max_tokens=CALIBRATION_TOKENS, progress=False)
-    for bits in READ_BITS:
-        grinqh.set_bits(model, bits)
-        (score,) = evaluate(model, windows, reference=full, progress=False)
-        row = {"bits": bits, "read_bits": score.read_bits, "perplexity": score.reference_perplexity}
-        yield row | {"kl": score.kl, "log_ratio": score.log_ratio}
+    for recipe, changes in RECIPES.items():
+        config = grinqh.GrinqhConfig(**changes)
+        model: Any = grinqh.quantize_model(copy.deepcopy(lab.model), config, progress=False)
+        grinqh.calibrate(model, ids, max_tokens=CALIBRATION_TOKENS, progress=False)
+        for bits in READ_BITS:
+            grinqh.set_bits(model, bits)
+            (score,) = evaluate(model, windows, reference=full, progress=False)
+            row = {"recipe": recipe, "bits": bits, "read_bits": score.read_bits}
+            yield row | {"perplexity": score.reference_perplexity, "kl": score.kl, "log_ratio": score.log_ratio}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """By setting of the dial: mean and standard deviation over the seeds, and the extremes of the log ratio."""
+    """By recipe and setting of the dial: mean and standard deviation over the seeds, extremes of the log ratio."""
     lines = []
-    for bits in READ_BITS:
-        ratio, kl = ([row[key] for row in rows if row["bits"] == bits] for key in ("log_ratio", "kl"))
-        extremes = f"{min(ratio):.4f} to {max(ratio):.4f}"
-        lines.append([f"{bits:g}", _spread(ratio), extremes, _spread(kl)])
-    return markdown_table(["read bits", "ln(ppl / full)", "least to most", "KL divergence"], lines)
+    for recipe in RECIPES:
+        for bits in READ_BITS:
+            of_bits = [row for row in rows if (row["recipe"], row["bits"]) == (recipe, bits)]
+            ratio, kl = ([row[key] for row in of_bits] for key in ("log_ratio", "kl"))
+            extremes = f"{min(ratio):.4f} to {max(ratio):.4f}"
+            lines.append([recipe, f"{bits:g}", _spread(ratio), extremes, _spread(kl)])
+    return markdown_table(["recipe", "read bits", "ln(ppl / full)", "least to most", "KL divergence"], lines)
 
 
 def _spread(values: list[float]) -> str:
