@@ -121,9 +121,9 @@ struct Shared {
   static_assert(kSumsRow <= kMostSumsRow);
   static __host__ __device__ constexpr int sum_of(int output) { return output + output / (kTile / kBlocks) * kGap; }
   static constexpr int kTurn = kRows * kSumsRow;
-  static __host__ __device__ int entries(int groups) { return kSums + groups * 2 * kTurn * 4; }
-  static __host__ __device__ int values(int groups, int capacity) { return entries(groups) + capacity * 4; }
-  static __host__ __device__ int total(int groups, int capacity) {
+  static __host__ __device__ constexpr int entries(int groups) { return kSums + groups * 2 * kTurn * 4; }
+  static __host__ __device__ constexpr int values(int groups, int capacity) { return entries(groups) + capacity * 4; }
+  static __host__ __device__ constexpr int total(int groups, int capacity) {
     return values(groups, capacity) + kRows * capacity * 4;
   }
 };
@@ -747,8 +747,19 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
   }
 }
 
+// Whether the plan allows for what an instance keeps in shared memory, beside 1 KB for its own variables.
+template <int kRows, int kBlocks, int kWarps, int kStages>
+constexpr bool plan_allows_for_it() {
+  for (int k_warps = 2; k_warps <= kWarps; k_warps *= 2) {
+    const int kept = Shared<kRows, kBlocks, kWarps, kStages>::total(kWarps / k_warps, kSlab * kMaxSubplanes);
+    if (kept + 1024 > plan_detail::shared_bytes({kRows, kWarps, kStages}, k_warps, kMaxSubplanes, 1)) return false;
+  }
+  return true;
+}
+
 template <bool kAround, int kRows, int kBlocks, bool kOneBit, int kWarps, int kStages>
 Status launch(const GemvArgs& a, cudaStream_t stream) {
+  static_assert(plan_allows_for_it<kRows, kBlocks, kWarps, kStages>());
   const auto kernel = gemv_kernel<kAround, kRows, kBlocks, kOneBit, kWarps, kStages>;
   const int bytes = Shared<kRows, kBlocks, kWarps, kStages>::total(kWarps >> a.k_warp_bits, a.capacity);
   static std::atomic<std::uint64_t> prepared[4];  // a bit for each device

@@ -79,8 +79,8 @@ namespace plan_detail {
 inline constexpr int kLargeShared = 200 * 1024;  // A100, H100, B200; 99 KB elsewhere
 inline constexpr int kStageBytes = kSlab * (run_bytes(2) + 16);
 
-// The shared memory that an instance needs: copies in flight, sums of the groups, and for each channel and
-// subplane an entry of a list with a value for each row.
+// The shared memory that an instance needs: copies in flight, sums of two turns of the groups, and for each channel
+// and subplane an entry of a list with a value for each row.
 constexpr int shared_bytes(const GemvInstance& instance, int k_warps, int subplanes, int slice_chunks) {
   return instance.warps * instance.stages * kStageBytes +
          2 * (instance.warps / k_warps) * instance.rows * kMostSumsRow * 4 +

@@ -56,12 +56,14 @@ def test_moving_to_the_gpu_and_back_changes_no_bit(model: nn.Module, converted: 
 
 
 def test_outputs_on_the_gpu_are_those_of_the_cpu(model: nn.Module, converted: nn.Module) -> None:
-    grinqh.set_bits(converted, 8)
-    grinqh.set_bits(model, 8)
-    with torch.no_grad(), grinqh.graded(converted), grinqh.graded(model):
-        wanted = converted(TEXT[:, :64]).logits
-        got = model.to("cuda")(TEXT[:, :64].cuda()).logits.cpu()
-    assert float((got - wanted).norm() / wanted.norm()) < 5e-3
+    for bits in (8, 3, 2):
+        grinqh.set_bits(converted, bits)
+        grinqh.set_bits(model, bits)
+        with torch.no_grad(), grinqh.graded(converted), grinqh.graded(model):
+            wanted = converted(TEXT[:, :64]).logits
+            got = model.to("cuda")(TEXT[:, :64].cuda()).logits.cpu()
+        # A channel close to a threshold may be graded otherwise, and then differs by a step of its codes.
+        assert float((got - wanted).norm() / wanted.norm()) < (2e-3 if bits == 8 else 2e-2)
 
 
 @pytest.mark.parametrize("bits", [8, 3, 2])
