@@ -62,6 +62,7 @@ GemvArgs device_args(const GemvParams& p) {
     }
   }
   a.slices = p.plan.slices;
+  a.sum_buffers = sum_buffers(p.plan.turns);
   a.prefetch_slabs = p.plan.prefetch_slabs;
   a.overlap = p.overlap ? 1 : 0;
   while (1 << a.k_warp_bits < p.plan.k_warps) ++a.k_warp_bits;

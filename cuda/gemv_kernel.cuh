@@ -62,7 +62,8 @@ struct alignas(64) GemvArgs {
   int slices, columns;
   int k_warp_bits;  // log2 of the warps that share a tile
   int chunks;       // of 32 channels
-  int k, tiles;
+  int k;
+  int sum_buffers;     // of a group
   int prefetch_slabs;  // of the first subplane that each warp fetches to L2 before x is known
   int subs;
   const std::int32_t* order;
@@ -79,7 +80,7 @@ struct alignas(64) GemvArgs {
   float norm_eps;
   int gated;
   Dtype dtype;
-  int m, n;
+  int m, n, tiles;
   int slice_channels;  // at most, in one slice; whole slabs
   Subplane sub[kMaxSubplanes];
   // Small tables in one register each, four bits an item.
@@ -111,7 +112,7 @@ struct Shared {
   static constexpr int kCodeBytes = kSlab * 64;
   static constexpr int kStageBytes = kCodeBytes + kSlab * kBlocks * 2;
   static constexpr int kRing = kWarps * kStages * kStageBytes;
-  // int [groups][turns modulo 2][rows][kSumsRow]. The lanes of a warp add to different blocks and
+  // int [groups][sum_buffers][rows][kSumsRow]. The lanes of a warp add to different blocks and
   // rows at once: the gaps between those send them to different banks.
   static constexpr int kSums = kRing;
   static constexpr int kGap = 8;
@@ -121,10 +122,11 @@ struct Shared {
   static_assert(kSumsRow <= kMostSumsRow);
   static __host__ __device__ constexpr int sum_of(int output) { return output + output / (kTile / kBlocks) * kGap; }
   static constexpr int kTurn = kRows * kSumsRow;
-  static __host__ __device__ constexpr int entries(int groups) { return kSums + groups * 2 * kTurn * 4; }
-  static __host__ __device__ constexpr int values(int groups, int capacity) { return entries(groups) + capacity * 4; }
-  static __host__ __device__ constexpr int total(int groups, int capacity) {
-    return values(groups, capacity) + kRows * capacity * 4;
+  // `sums`: buffers of all groups.
+  static __host__ __device__ constexpr int entries(int sums) { return kSums + sums * kTurn * 4; }
+  static __host__ __device__ constexpr int values(int sums, int capacity) { return entries(sums) + capacity * 4; }
+  static __host__ __device__ constexpr int total(int sums, int capacity) {
+    return values(sums, capacity) + kRows * capacity * 4;
   }
 };
 
@@ -194,7 +196,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
   __shared__ unsigned bound_bits[kRows], nonfinite;
   __shared__ float square_groups[kRows][kNormGroups], norms[kRows];  // of the rows' norms
   __shared__ Source source[kSubs];
-  __shared__ std::uint64_t all_added[kWarps / 2][2];  // by group and turn modulo 2: barriers of its warps
+  __shared__ std::uint64_t all_added[kWarps][2];  // by group and turn modulo 2: barriers of its warps
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int g = lane / 4, t = lane % 4;
@@ -208,9 +210,10 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
   const int begin_tile = a.section[section].first_tile, end_tile = a.section[section].end_tile;
   const int workers = a.section[section].columns * groups;  // groups on this slice of the section
   const int first_tile = begin_tile + (blockIdx.y - a.section[section].first_column) * groups + group;
-  int* sums = reinterpret_cast<int*>(shared + Layout::kSums) + group * 2 * Layout::kTurn;
-  int* entries = reinterpret_cast<int*>(shared + Layout::entries(groups));
-  float* values = reinterpret_cast<float*>(shared + Layout::values(groups, a.capacity));
+  const int all_sums = groups * a.sum_buffers;
+  int* sums = reinterpret_cast<int*>(shared + Layout::kSums) + group * a.sum_buffers * Layout::kTurn;
+  int* entries = reinterpret_cast<int*>(shared + Layout::entries(all_sums));
+  float* values = reinterpret_cast<float*>(shared + Layout::values(all_sums, a.capacity));
   // Before the previous kernel's results are there: all that x has no part in. Nothing here waits for what it loads.
   struct Channel {
     int index, feature;  // an index of k or more: none
@@ -265,7 +268,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
                            unit_weight(item(a.bits_of, threadIdx.x))};
   }
 #pragma unroll 1
-  for (int i = Layout::kSums + threadIdx.x * 16; i < Layout::total(groups, a.capacity); i += kWarps * 32 * 16)
+  for (int i = Layout::kSums + threadIdx.x * 16; i < Layout::total(all_sums, a.capacity); i += kWarps * 32 * 16)
     *reinterpret_cast<uint4*>(shared + i) = uint4{};
   __syncthreads();
   ptx::wait_for_previous_kernel();
@@ -750,9 +753,13 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
 // Whether the plan allows for what an instance keeps in shared memory, beside 1 KB for its own variables.
 template <int kRows, int kBlocks, int kWarps, int kStages>
 constexpr bool plan_allows_for_it() {
-  for (int k_warps = 2; k_warps <= kWarps; k_warps *= 2) {
-    const int kept = Shared<kRows, kBlocks, kWarps, kStages>::total(kWarps / k_warps, kSlab * kMaxSubplanes);
-    if (kept + 1024 > plan_detail::shared_bytes({kRows, kWarps, kStages}, k_warps, kMaxSubplanes, 1)) return false;
+  for (int k_warps = 1; k_warps <= kWarps; k_warps *= 2) {
+    for (int turns = 1; turns <= 2; ++turns) {
+      const int sums = kWarps / k_warps * sum_buffers(turns);
+      const int kept = Shared<kRows, kBlocks, kWarps, kStages>::total(sums, kSlab * kMaxSubplanes);
+      const int planned = plan_detail::shared_bytes({kRows, kWarps, kStages}, k_warps, turns, kMaxSubplanes, 1);
+      if (kept + 1024 > planned) return false;
+    }
   }
   return true;
 }
@@ -761,7 +768,8 @@ template <bool kAround, int kRows, int kBlocks, bool kOneBit, int kWarps, int kS
 Status launch(const GemvArgs& a, cudaStream_t stream) {
   static_assert(plan_allows_for_it<kRows, kBlocks, kWarps, kStages>());
   const auto kernel = gemv_kernel<kAround, kRows, kBlocks, kOneBit, kWarps, kStages>;
-  const int bytes = Shared<kRows, kBlocks, kWarps, kStages>::total(kWarps >> a.k_warp_bits, a.capacity);
+  const int bytes =
+      Shared<kRows, kBlocks, kWarps, kStages>::total((kWarps >> a.k_warp_bits) * a.sum_buffers, a.capacity);
   static std::atomic<std::uint64_t> prepared[4];  // a bit for each device
   int device = 0;
   cudaError_t failure = cudaGetDevice(&device);

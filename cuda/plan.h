@@ -19,11 +19,12 @@ namespace grinqh::cuda {
 // that tile is then worked on twice, in two slots, tile + section.
 struct GemvPlan {
   int slices = 1;                           // parts of K
-  int k_warps = 2;                          // warps that share a tile: 2, 4, 8 or 16
+  int k_warps = 2;                          // warps that share a tile: 1, 2, 4, 8 or 16
   int sharers = 2;                          // of those: the ones that turn its sums into results
   int columns = 1;                          // blocks for each slice
   int section_columns[kMaxSections] = {1};  // those of each section, one section after the other
   int sections = 1;
+  int turns = 1;           // most tiles that a group takes
   std::int64_t slots = 0;  // of tiles
   int prefetch_slabs = 0;  // slabs of the first subplane that a warp fetches to L2 before x is known
   bool large = true;       // the kernels for GPUs with much shared memory
@@ -43,6 +44,9 @@ struct Gpu {
   int capability = 0;    // 80 for 8.0
   bool operator==(const Gpu&) const = default;
 };
+
+// A group adds up the next tile's sums beside those of the one before.
+constexpr int sum_buffers(int turns) { return turns > 1 ? 2 : 1; }
 
 // One kernel instance: rows it takes at once, warps of a block, copies in flight. 16 warps leave each
 // thread 128 registers, which one row without 1-bit planes can live with.
@@ -79,21 +83,22 @@ namespace plan_detail {
 inline constexpr int kLargeShared = 200 * 1024;  // A100, H100, B200; 99 KB elsewhere
 inline constexpr int kStageBytes = kSlab * (run_bytes(2) + 16);
 
-// The shared memory that an instance needs: copies in flight, sums of two turns of the groups, and for each channel
-// and subplane an entry of a list with a value for each row.
-constexpr int shared_bytes(const GemvInstance& instance, int k_warps, int subplanes, int slice_chunks) {
+// The shared memory that an instance needs: copies in flight, sums of the groups, and for each channel and subplane an
+// entry of a list with a value for each row.
+constexpr int shared_bytes(const GemvInstance& instance, int k_warps, int turns, int subplanes, int slice_chunks) {
   return instance.warps * instance.stages * kStageBytes +
-         2 * (instance.warps / k_warps) * instance.rows * kMostSumsRow * 4 +
+         sum_buffers(turns) * (instance.warps / k_warps) * instance.rows * kMostSumsRow * 4 +
          slice_chunks * kSlab * subplanes * 4 * (1 + instance.rows) + 2048;
 }
 
-// It bounds a slice, for the instances of any number of rows: with all warps on one tile, all must fit.
+// It bounds a slice, for the instances of any number of rows: with all warps on one tile, any number of turns must fit.
 constexpr int most_slice_chunks(const GemvShape& shape, const Gpu& gpu) {
   const bool large = gpu.shared_bytes >= kLargeShared;
   int chunks = kMostSliceChunks;
   for (int m = 1; m <= 8; m *= 2) {
     const GemvInstance instance = gemv_instance(m, shape.one_bit, large);
-    while (chunks > 1 && shared_bytes(instance, instance.warps, shape.subplanes, chunks) > gpu.shared_bytes) --chunks;
+    while (chunks > 1 && shared_bytes(instance, instance.warps, 2, shape.subplanes, chunks) > gpu.shared_bytes)
+      --chunks;
   }
   return chunks;
 }
@@ -134,22 +139,22 @@ inline Cut best_with_slices(const GemvShape& shape, const Gpu& gpu, int slices, 
   const int slice_chunks = (chunks + slices - 1) / slices;
   const double fixed = (slice_chunks + warps - 1) / warps * kPerRound +
                        slices * (kPerSlice + static_cast<double>(tile_count(shape.n)) * kPerSliceTile);
-  for (int k_warps = 2; k_warps <= warps; k_warps *= 2) {
-    if (shared_bytes(instance, k_warps, shape.subplanes, slice_chunks) > gpu.shared_bytes) continue;
+  for (int k_warps = 1; k_warps <= warps; k_warps *= 2) {
     const int groups = warps / k_warps;
     for (int s = 0; s < sections; ++s) wanted[s] = (tiles[s] + groups - 1) / groups;
     GemvPlan plan{.slices = slices, .k_warps = k_warps, .sections = sections};
     share_columns(wanted, gpu.multiprocessors / slices, plan);
-    double turns = 0;  // of the slowest section
+    std::int64_t turns = 1;  // of the slowest section
     for (int s = 0; s < sections; ++s) {
-      const int columns = plan.section_columns[s];
-      turns = std::max(turns, static_cast<double>((wanted[s] + columns - 1) / columns));
+      turns = std::max(turns, (wanted[s] + plan.section_columns[s] - 1) / plan.section_columns[s]);
     }
+    plan.turns = static_cast<int>(turns);
+    if (shared_bytes(instance, k_warps, plan.turns, shape.subplanes, slice_chunks) > gpu.shared_bytes) continue;
     // One tile's results are soon written by few warps, those of many tiles by all.
     plan.sharers = turns > 1 ? k_warps : std::min(k_warps, 2 * instance.rows);
     const double cost = fixed +
-                        turns * groups * slice_chunks * kSlab * kPerChannelTile * (1 + groups * kSlowedByGroup) +
-                        (turns - 1) * (instance.rows * kPerTurnRow + k_warps * kPerTurnWarp);
+                        plan.turns * groups * slice_chunks * kSlab * kPerChannelTile * (1 + groups * kSlowedByGroup) +
+                        (plan.turns - 1) * (instance.rows * kPerTurnRow + k_warps * kPerTurnWarp);
     if (cost < best.cost) best = {plan, cost};
   }
   return best;

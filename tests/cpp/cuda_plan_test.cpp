@@ -68,12 +68,13 @@ TEST_P(PlanOfShape, FitsSharedMemoryAndCoversTheTiles) {
         const bool one_bit = subplanes > 4;
         const GemvPlan plan = plan_gemv({n, k, m, subplanes, one_bit}, gpu);
         const GemvInstance instance = gemv_instance(m, one_bit, plan.large);
-        const int chunks = (k + kSlab - 1) / kSlab;
-        EXPECT_LE(
-            plan_detail::shared_bytes(instance, plan.k_warps, subplanes, (chunks + plan.slices - 1) / plan.slices),
-            gpu.shared_bytes);
+        const int chunks = (k + kSlab - 1) / kSlab, slice_chunks = (chunks + plan.slices - 1) / plan.slices;
+        EXPECT_LE(plan_detail::shared_bytes(instance, plan.k_warps, plan.turns, subplanes, slice_chunks),
+                  gpu.shared_bytes);
         EXPECT_EQ(instance.warps % plan.k_warps, 0);
-        EXPECT_GE(plan.k_warps, 2);
+        const std::int64_t groups = std::int64_t{instance.warps / plan.k_warps} * plan.columns;
+        EXPECT_GE(plan.turns * groups, tile_count(n));
+        EXPECT_LT((plan.turns - 1) * groups, tile_count(n));
         EXPECT_EQ(plan.k_warps % plan.sharers, 0);
         EXPECT_EQ(instance.rows * kTile / 4 % plan.sharers, 0);  // in quads of outputs
         EXPECT_GE(plan.columns, 1);
@@ -108,6 +109,13 @@ TEST(Plan, AllWarpsOfATileShareItsResultsWhereABlockHasSeveral) {
     EXPECT_EQ(several.sharers, several.k_warps);
     EXPECT_EQ(one.sharers, std::min(one.k_warps, 2 * m));
   }
+}
+
+TEST(Plan, ManyRowsOfOneTurnNeedNoSecondBufferOfSums) {
+  for (const int m : {1, 2, 4, 8}) EXPECT_EQ(plan_gemv({28672, 4096, m}, kH100).turns, 1);
+  const GemvInstance eight = gemv_instance(8, false, true);
+  const int second = plan_detail::shared_bytes(eight, 1, 2, 4, 15) - plan_detail::shared_bytes(eight, 1, 1, 4, 15);
+  EXPECT_EQ(second, 8 * 8 * kMostSumsRow * 4);
 }
 
 TEST(Plan, EverySectionHasColumnsAndNoTwoShareATileSlot) {
