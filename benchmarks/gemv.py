@@ -112,7 +112,7 @@ class PackedCopies:
             (
                 torch.full((n,), 0.01, device="cuda"),
                 torch.ones(len(widths), device="cuda"),
-                torch.randperm(k, device="cuda").int(),
+                torch.arange(k, dtype=torch.int32, device="cuda"),
                 torch.ones(k, device="cuda"),
             )
             for _ in range(copies)

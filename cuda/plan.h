@@ -103,11 +103,11 @@ constexpr int most_slice_chunks(const GemvShape& shape, const Gpu& gpu) {
   return chunks;
 }
 
-// What a cut costs, in nanoseconds (docs/kernel-notes.md): streaming, the grading of a slice, a slice's sums of a tile,
-// a turn for each row and for each of the warps that share a tile; and by how much every tile that a block reads from
-// at once slows the streaming.
-constexpr double kPerChannelTile = 4.5, kPerRound = 1300, kPerSlice = 60, kPerSliceTile = 2.8, kPerTurnRow = 250,
-                 kPerTurnWarp = 15, kSlowedByGroup = 0.003;
+// What a cut costs, in nanoseconds (docs/kernel-notes.md): a channel of a tile, in bytes, and by how much every tile
+// that a block reads from at once slows it; a slab, in instructions of a warp; the grading of a slice; a slice's sums
+// of a tile; a turn for each row.
+constexpr double kPerChannelTile = 0.9, kSlowedByGroup = 0.025, kPerSlab = 37, kPerRound = 1000, kPerSlice = 100,
+                 kPerSliceTile = 1, kPerTurnRow = 750;
 
 struct Cut {
   GemvPlan plan;
@@ -152,9 +152,10 @@ inline Cut best_with_slices(const GemvShape& shape, const Gpu& gpu, int slices, 
     if (shared_bytes(instance, k_warps, plan.turns, shape.subplanes, slice_chunks) > gpu.shared_bytes) continue;
     // One tile's results are soon written by few warps, those of many tiles by all.
     plan.sharers = turns > 1 ? k_warps : std::min(k_warps, 2 * instance.rows);
-    const double cost = fixed +
-                        plan.turns * groups * slice_chunks * kSlab * kPerChannelTile * (1 + groups * kSlowedByGroup) +
-                        (plan.turns - 1) * (instance.rows * kPerTurnRow + k_warps * kPerTurnWarp);
+    const double bytes = plan.turns * groups * slice_chunks * kSlab * kPerChannelTile * (1 + groups * kSlowedByGroup);
+    const int slabs = plan.turns * (3 * slice_chunks + 4) / 2;  // at 3 read bits; each list ends within a slab
+    const double cost = fixed + bytes + (slabs + k_warps - 1) / k_warps * warps * kPerSlab +
+                        (plan.turns - 1) * instance.rows * kPerTurnRow;
     if (cost < best.cost) best = {plan, cost};
   }
   return best;

@@ -110,7 +110,7 @@ def random_layers(
                 block_scale=torch.rand(k, -(-n // block)).half(),
                 row_scale=torch.rand(n),
                 gain=torch.ones(len(widths)),
-                channel_order=torch.randperm(k, dtype=torch.int32),
+                channel_order=torch.arange(k, dtype=torch.int32),
                 channel_weight=torch.ones(k),
                 widths=tuple(widths),
                 block=block,

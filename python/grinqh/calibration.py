@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 # A layer on whose outputs the loss does not depend at all gets this part of the mean sensitivity.
 LEAST_SENSITIVITY = 2.0**-20
 LABEL_SEED = 0  # of the labels that the loss is taken with
-ROWS_AT_ONCE = 256  # input channels that are in memory in double precision
 SECOND_MOMENT_BYTES = 2 << 30  # of the layers that are rounded anew after one run over the text
 TOGETHER_BYTES = 1 << 28  # of the weights, in float32, that are rounded together
 
@@ -61,11 +60,11 @@ def calibrate(
     """Measures a converted model on a text, and records the dial in its layers, in place.
 
     The model runs over the text once with everything read, and back for the gradients: that gives each input
-    channel's mean square, each layer's sensitivity, and how often each importance occurs. Then the stored channels
-    are put in order of importance, and the dial is recorded and set to the config's read_bits. What `stored_bits` of
-    the config leaves out is dropped before that, the rest rounded anew so that channels make up for each other's error
-    (`grinqh.compensation`); for this the text is run twice more, or more often for a large model. It can be done again
-    with another text.
+    channel's mean square, each layer's sensitivity, and how often each importance occurs. Then the dial is recorded and
+    set to the config's read_bits. What `stored_bits` of the config leaves out is dropped before that: channels are put
+    in order of importance, the unimportant ones lose their low bits, and the rest is rounded anew so that channels make
+    up for each other's error (`grinqh.compensation`); for this the text is run twice more, or more often for a large
+    model. It can be done again with another text.
 
     Args:
         model: a module converted by `quantize_model`, whose forward takes token ids [batch, length] and returns
@@ -104,11 +103,11 @@ def calibrate(
 
     units, section_units = {}, {}
     for name, statistics in seen.items():
-        layer = layers[name]
-        _sort(layer, statistics.mean_square)
-        units[name], section_units[name] = _unit_thresholds(layer, sensitivities[name])
-        trim_heap()  # every tensor of the layer has been replaced by one in another place
+        units[name], section_units[name] = _unit_thresholds(layers[name], sensitivities[name])
     kept = _kept_channels(config, layers, units, {name: statistics.mean_square for name, statistics in seen.items()})
+    for name in kept:
+        _sort_by_importance(layers[name], seen[name].mean_square)
+        trim_heap()  # every tensor of the layer has been replaced by one in another place
     if kept:
         _drop_channels(model, layers, batches, kept, compensate=compensate, progress=progress)
         observed = _observe(model, layers, batches, gradients=False, progress=progress)
@@ -395,15 +394,11 @@ def _section_errors(layer: GrinqhLinear) -> list[float]:
     ]
 
 
-def _sort(layer: GrinqhLinear, mean_square: Tensor) -> None:
-    """Puts the stored channels in order of mean square times column energy, unless some are left out already."""
-    if not layer.stores_everything:
-        return
-    energy = [rows.double().square().sum(1) for rows in layer.dense().split(ROWS_AT_ONCE)]
-    importance = mean_square * torch.cat(energy).cpu()  # by input feature
-    stored = importance[layer.channel_order.long().cpu()]
-    order = stored.argsort(descending=True, stable=True).to(layer.gain.device)
-    layer.set_packed(packing.sort_channels(layer.tensors, order), layer.format)
+def _sort_by_importance(layer: GrinqhLinear, mean_square: Tensor) -> None:
+    """Puts channels that are stored in equally many planes in order of mean square times column energy."""
+    by_feature = torch.ops.grinqh.sort_channels(layer.dense().T.contiguous(), mean_square.float().to(layer.gain.device))
+    rank = by_feature.argsort()[layer.channel_order]
+    layer.set_packed(packing.sort_channels(layer.tensors, rank), layer.format)
 
 
 def _kept_channels(
@@ -448,9 +443,11 @@ def _drop_channels(
                 for task, tensors in zip(tasks, compensated(tasks), strict=True):
                     task.layer.set_packed(tensors, task.layer.format)
                 steps.update(len(names))
-    for name in kept.keys() - whole.keys():
+    for name in kept:
         layer = layers[name]
-        layer.set_packed(packing.keep_channels(layer.tensors, kept[name]), layer.format)
+        tensors = layer.tensors if name in whole else packing.keep_channels(layer.tensors, kept[name])
+        # In the order of features what a product reads of x lies together.
+        layer.set_packed(packing.sort_channels(tensors, tensors["channel_order"]), layer.format)
 
 
 def _alike(layers: Mapping[str, GrinqhLinear], names: Sequence[str]) -> Iterator[list[str]]:

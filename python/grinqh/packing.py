@@ -80,16 +80,14 @@ def pack_weight(
     format: LayerFormat,
     *,
     name: str = "weight",
-    mean_square: Tensor | None = None,
     dial_points: int = 64,
 ) -> PackedTensors:
-    """Quantizes one weight matrix and packs all its planes in full, not yet calibrated.
+    """Quantizes one weight matrix and packs all its planes in full, in the order of features, not yet calibrated.
 
     Args:
         weight: any float type [N, K].
         format: plane widths and block.
         name: what to call the weight in an error.
-        mean_square: float32 [K] mean of x_j^2 if known already (calibration sets the order right later otherwise).
         dial_points: T.
 
     Returns:
@@ -98,15 +96,14 @@ def pack_weight(
     Raises:
         InputError: a weight that is no matrix, has no data, or holds NaN or infinity.
 
-    Source: docs/method.md, after arXiv 2606.23419; the steps are the ops sort_channels, quantize and pack of
-    docs/ops.md.
+    Source: docs/method.md, after arXiv 2606.23419; the steps are the ops quantize and pack of docs/ops.md.
     """
     check_weight(name, weight)
     ops = torch.ops.grinqh
     device = weight.device if weight.is_cuda else "cpu"
     weight = weight.detach().to(device, torch.float32).contiguous()
     planes, in_features = format.planes, weight.shape[1]
-    order = ops.sort_channels(weight, mean_square)
+    order = torch.arange(in_features, dtype=torch.int32, device=device)
     codes, block_scale, row_scale, gain, channel_error = ops.quantize(weight, order, format.block)
     packed = ops.pack(codes, list(format.plane_widths), [in_features] * planes)
     bits = list(format.grade_bits)
@@ -224,14 +221,14 @@ def check_thresholds(name: str, thresholds: Tensor) -> None:
             raise InputError(f"{name} is {values}, must never fall")
 
 
-def sort_channels(tensors: PackedTensors, order: Tensor) -> PackedTensors:
-    """The layer with its stored channels in another order: the new channel c is the old channel order[c].
-
-    Every plane must be stored in full.
-    """
-    by_channel = [name for name in tensors if name.startswith("plane_")]
-    by_channel += ["block_scale", "channel_order", "channel_weight"]
-    return tensors | {name: tensors[name][order] for name in by_channel}
+def sort_channels(tensors: PackedTensors, key: Tensor) -> PackedTensors:
+    """The layer with its stored channels in the order of rising keys [K], those first that are stored in more planes."""
+    planes = [name for name in tensors if name.startswith("plane_")]
+    stored_in = sum((torch.arange(len(key), device=key.device) < len(tensors[name])).long() for name in planes)
+    by_key = key.argsort(stable=True)
+    order = by_key[(-stored_in[by_key]).argsort(stable=True)]
+    by_channel = {name: tensors[name][order] for name in ("block_scale", "channel_order", "channel_weight")}
+    return tensors | {name: tensors[name][order[: len(tensors[name])]] for name in planes} | by_channel
 
 
 def keep_channels(tensors: PackedTensors, stored: Sequence[int]) -> PackedTensors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 from types import SimpleNamespace
 from typing import Any
@@ -52,19 +53,44 @@ def assert_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
 
 
-def test_channels_are_sorted_by_mean_square_times_energy() -> None:
+def importances() -> tuple[Any, Tensor, Tensor]:
+    """A model of one layer, token ids, and its channels by falling mean square times energy."""
+    torch.manual_seed(0)
     model: Any = nn.Sequential(nn.Embedding(4, 8), nn.Linear(8, 6, bias=False))
-    weight = model[1].weight.detach().clone()
     with torch.no_grad():
         model[0].weight *= torch.tensor([1.0, 9, 2, 8, 3, 7, 4, 6])
-    grinqh.quantize_model(model)
     ids = torch.tensor([[0, 1, 2, 3, 0]])
+    energy = model[0](ids)[0].square().mean(0) * model[1].weight.square().sum(0)
+    return model, ids, energy.detach().argsort(descending=True)
+
+
+def test_channels_that_are_stored_in_full_stay_in_the_order_of_features() -> None:
+    model, ids, _ = importances()
+    weight = model[1].weight.detach().clone()
+    grinqh.quantize_model(model)
+    assert model[1].channel_order.tolist() == list(range(8))
     grinqh.calibrate(model, ids, sensitivity=False)
+    assert model[1].channel_order.tolist() == list(range(8))
     x = model[0](ids)[0]
-    expected = (x.square().mean(0) * weight.square().sum(0)).argsort(descending=True)
-    assert model[1].channel_order.tolist() == expected.tolist()
     grinqh.set_bits(model, 8)
     torch.testing.assert_close(model[1](x), x @ weight.T, atol=0.1, rtol=0.02)
+
+
+@pytest.mark.parametrize("targets", [(4.5,), (6.0, 4.5)])
+def test_low_planes_are_kept_for_the_channels_of_most_mean_square_times_energy(targets: tuple[float, ...]) -> None:
+    model, ids, expected = importances()
+    grinqh.quantize_model(model, GrinqhConfig(plane_widths=(1,) * 8))
+    for target in targets:
+        grinqh.model.model_config(model).stored_bits = target
+        grinqh.calibrate(model, ids, sensitivity=False, compensate=False)
+    layer = model[1]
+    assert len(set(layer.stored_channels)) > 2
+    for channels in layer.stored_channels:
+        assert set(layer.channel_order[:channels].tolist()) == set(expected[:channels].tolist())
+    ends = sorted({0, *layer.stored_channels})
+    for begin, end in itertools.pairwise(ends):
+        alike = layer.channel_order[begin:end].tolist()
+        assert alike == sorted(alike)
 
 
 def test_calibration_changes_nothing_that_is_read_in_full() -> None:

@@ -200,11 +200,15 @@ def test_a_weight_of_zeros_maps_to_zero() -> None:
     assert torch.equal(layer(rows(2, 6)), torch.zeros(2, 5))
 
 
-def test_sorting_channels_does_not_change_the_map() -> None:
+@pytest.mark.parametrize("stored", [[33] * 5, [33, 33, 20, 10, 0], [33, 20, 20, 1, 1]])
+def test_sorting_channels_does_not_change_the_map(stored: list[int]) -> None:
     layer, x = make_layer(), rows(4)
+    layer.set_packed(packing.keep_channels(layer.tensors, stored), FORMAT)
     exact = layer(x)
-    order = torch.randperm(33, generator=torch.Generator().manual_seed(3))
-    layer.set_packed(packing.sort_channels(layer.tensors, order), FORMAT)
+    key = torch.randperm(33, generator=torch.Generator().manual_seed(3))
+    layer.set_packed(packing.sort_channels(layer.tensors, key), FORMAT)
+    assert layer.stored_channels == stored
+    assert layer.channel_order.tolist() != list(range(33))
     assert torch.equal(layer.channel_order.sort().values, torch.arange(33, dtype=torch.int32))
     torch.testing.assert_close(layer(x), exact, atol=1e-4, rtol=1e-4)
 
