@@ -43,6 +43,7 @@ ops = torch.ops.grinqh
 def median_microseconds(calls: list[Callable[[], object]], replays: int = 9) -> float:
     """Microseconds of one call, all of `calls` captured into one graph."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # whose work made the tensors
     with torch.cuda.stream(stream):
         calls[0]()
         stream.synchronize()

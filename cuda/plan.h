@@ -104,10 +104,10 @@ constexpr int most_slice_chunks(const GemvShape& shape, const Gpu& gpu) {
 }
 
 // What a cut costs, in nanoseconds (docs/kernel-notes.md): a channel of a tile, in bytes, and by how much every tile
-// that a block reads from at once slows it; a slab, in instructions of a warp; the grading of a slice; a slice's sums
-// of a tile; a turn for each row.
-constexpr double kPerChannelTile = 0.9, kSlowedByGroup = 0.025, kPerSlab = 37, kPerRound = 1000, kPerSlice = 100,
-                 kPerSliceTile = 1, kPerTurnRow = 750;
+// that a block reads from at once slows it; a slab, in instructions of a warp; a round of grading; a slice, and its
+// sums of a tile; a turn, and each of its rows.
+constexpr double kPerChannelTile = 0.95, kSlowedByGroup = 0.04, kPerSlab = 31, kPerRound = 1000, kPerSlice = 120,
+                 kPerSliceTile = 0.5, kPerTurn = 600, kPerTurnRow = 200;
 
 struct Cut {
   GemvPlan plan;
@@ -155,7 +155,7 @@ inline Cut best_with_slices(const GemvShape& shape, const Gpu& gpu, int slices, 
     const double bytes = plan.turns * groups * slice_chunks * kSlab * kPerChannelTile * (1 + groups * kSlowedByGroup);
     const int slabs = plan.turns * (3 * slice_chunks + 4) / 2;  // at 3 read bits; each list ends within a slab
     const double cost = fixed + bytes + (slabs + k_warps - 1) / k_warps * warps * kPerSlab +
-                        (plan.turns - 1) * instance.rows * kPerTurnRow;
+                        (plan.turns - 1) * (kPerTurn + instance.rows * kPerTurnRow);
     if (cost < best.cost) best = {plan, cost};
   }
   return best;

@@ -13,8 +13,8 @@ trap 'rm -rf "$logs"' EXIT
 for tool in memcheck racecheck initcheck synccheck; do
   (
     status=0
-    # A block of the GEMV makes up to 16 barriers in shared memory, more than synccheck finds room for by itself.
-    room=$([ "$tool" = synccheck ] && echo "--num-cuda-barriers 64" || :)
+    # Every block of the GEMV makes up to 32 barriers in shared memory, more than synccheck finds room for by itself.
+    room=$([ "$tool" = synccheck ] && echo "--num-cuda-barriers 4096" || :)
     compute-sanitizer --tool "$tool" $room --error-exitcode 1 --kernel-name-exclude kernel_substring=at:: \
       python3 -m pytest -q -p no:cacheprovider -k "$skip" "$@" . >"$logs/$tool" 2>&1 || status=$?
     echo "$status" >"$logs/$tool.status"

@@ -129,13 +129,14 @@ def test_a_state_dict_of_the_cpu_loads_on_the_gpu(model: nn.Module, converted: n
 
 def test_generate_follows_the_dial(model: nn.Module) -> None:
     model.to("cuda", torch.bfloat16)
-    prompt = TEXT[:, :16].cuda()
-    options = {"max_new_tokens": 12, "do_sample": False}
-    eager = {}
-    for bits in (8.0, 2.0):
+    prompts = TEXT[:, :128].reshape(8, 16).cuda()
+    generated = []
+    for bits in (8.0, 2.0, 8.0):
         grinqh.set_bits(model, bits)
-        eager[bits] = model.generate(prompt, **options)
-    assert not torch.equal(eager[8.0], eager[2.0])
+        generated.append(model.generate(prompts, max_new_tokens=12, do_sample=False))
+    at_8_bits, at_2_bits, again = generated
+    assert not torch.equal(at_8_bits, at_2_bits)
+    assert torch.equal(at_8_bits, again)
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch, in its own compiler
