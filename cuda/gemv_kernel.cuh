@@ -729,23 +729,29 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
           const Outputs outputs = read_outputs(done, i);
           const float* parts = a.partial + part_of(done, i);
           float4 total{};
-          // One row has few of these, and waits for each batch of loads.
-          constexpr int kBatch = kWarps == 16 && kBlocks < 8 ? 12 : 8;
+          const auto add = [&](const float4& part) {
+            total.x += part.x;
+            total.y += part.y;
+            total.z += part.z;
+            total.w += part.w;
+          };
+          if constexpr (kRows == 1) {
+            // A warp has one or two such sums to make and waits for each batch of loads; many rows' warps have many.
+            constexpr int kBatch = kWarps == 16 && kBlocks < 8 ? 12 : 8;
 #pragma unroll 1
-          for (int from = 0; from < a.slices; from += kBatch) {
-            float4 part[kBatch];
+            for (int from = 0; from < a.slices; from += kBatch) {
+              float4 part[kBatch];
 #pragma unroll
-            for (int s = 0; s < kBatch; ++s) {
-              const float* at = parts + (from + s) * slice_stride;
-              part[s] = from + s < a.slices ? __ldcg(reinterpret_cast<const float4*>(at)) : float4{};
-            }
+              for (int s = 0; s < kBatch; ++s) {
+                const float* at = parts + (from + s) * slice_stride;
+                part[s] = from + s < a.slices ? __ldcg(reinterpret_cast<const float4*>(at)) : float4{};
+              }
 #pragma unroll
-            for (int s = 0; s < kBatch; ++s) {
-              total.x += part[s].x;
-              total.y += part[s].y;
-              total.z += part[s].z;
-              total.w += part[s].w;
+              for (int s = 0; s < kBatch; ++s) add(part[s]);
             }
+          } else {
+#pragma unroll kBlocks == 8 ? 4 : 8
+            for (int s = 0; s < a.slices; ++s) add(__ldcg(reinterpret_cast<const float4*>(parts + s * slice_stride)));
           }
           finish(done, i, total, outputs);
         }
