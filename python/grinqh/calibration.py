@@ -102,7 +102,7 @@ def calibrate(
         sensitivities = {name: [1.0] * len(_outputs_of_sections(layers[name])) for name in seen}
 
     units, section_units = {}, {}
-    for name, statistics in seen.items():
+    for name in seen:
         units[name], section_units[name] = _unit_thresholds(layers[name], sensitivities[name])
     kept = _kept_channels(config, layers, units, {name: statistics.mean_square for name, statistics in seen.items()})
     for name in kept:

@@ -222,9 +222,11 @@ def check_thresholds(name: str, thresholds: Tensor) -> None:
 
 
 def sort_channels(tensors: PackedTensors, key: Tensor) -> PackedTensors:
-    """The layer with its stored channels in the order of rising keys [K], those first that are stored in more planes."""
+    """The layer with its channels by rising key [K], and those first that are stored in more planes."""
     planes = [name for name in tensors if name.startswith("plane_")]
-    stored_in = sum((torch.arange(len(key), device=key.device) < len(tensors[name])).long() for name in planes)
+    stored_in = torch.zeros_like(key)
+    for name in planes:
+        stored_in[: len(tensors[name])] += 1
     by_key = key.argsort(stable=True)
     order = by_key[(-stored_in[by_key]).argsort(stable=True)]
     by_channel = {name: tensors[name][order] for name in ("block_scale", "channel_order", "channel_weight")}

@@ -2,8 +2,8 @@
 // documentation cite. Plain C++20, no torch, no CUDA header; compiles for host and device alike.
 //
 // WORDS   n, k    out_features and in_features of a linear layer W[n][k]
-//         channel one input feature j: the column W[:, j]. Channels are stored in sorted order:
-//                 stored channel c is input feature channel_order[c].
+//         channel one input feature j: the column W[:, j]. They are stored in an order that the
+//                 layer carries: stored channel c is input feature channel_order[c].
 //         plane   a slice of the bits of the codes, most significant plane first
 //         grade   how many planes of a channel are read; grade 0 skips the channel
 //
@@ -27,7 +27,7 @@
 //                 width 1, one byte:   |n+7|n+6|n+5|n+4|n+3|n+2|n+1|n+0|
 //
 //         Unused bits of a row's last byte are 0. A width divides 8, so no code straddles a byte.
-//         channels_p never grows with p: deeper planes may be stored for a prefix of the sorted
+//         channels_p never grows with p: deeper planes may be stored for a prefix of the stored
 //         channels only ("stored bits"), and a channel's grade ends at its last stored plane.
 //
 // SCALES  block_scale is float16[k][block_count(n, block)], blocks run along n inside one channel;
