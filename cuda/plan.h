@@ -19,7 +19,7 @@ namespace grinqh::cuda {
 // that tile is then worked on twice, in two slots, tile + section.
 struct GemvPlan {
   int slices = 1;                           // parts of K
-  int k_warps = 2;                          // warps that share a tile: 1, 2, 4, 8 or 16
+  int k_warps = 2;                          // warps that share a tile: 2, 4, 8 or 16
   int sharers = 2;                          // of those: the ones that turn its sums into results
   int columns = 1;                          // blocks for each slice
   int section_columns[kMaxSections] = {1};  // those of each section, one section after the other
@@ -139,7 +139,7 @@ inline Cut best_with_slices(const GemvShape& shape, const Gpu& gpu, int slices, 
   const int slice_chunks = (chunks + slices - 1) / slices;
   const double fixed = (slice_chunks + warps - 1) / warps * kPerRound +
                        slices * (kPerSlice + static_cast<double>(tile_count(shape.n)) * kPerSliceTile);
-  for (int k_warps = 1; k_warps <= warps; k_warps *= 2) {
+  for (int k_warps = 2; k_warps <= warps; k_warps *= 2) {
     const int groups = warps / k_warps;
     for (int s = 0; s < sections; ++s) wanted[s] = (tiles[s] + groups - 1) / groups;
     GemvPlan plan{.slices = slices, .k_warps = k_warps, .sections = sections};
