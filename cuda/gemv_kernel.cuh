@@ -23,6 +23,7 @@
 #include <cuda_fp16.h>
 
 #include <atomic>
+#include <bit>
 #include <type_traits>
 
 #include "arrival.cuh"
@@ -493,7 +494,9 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
   std::uint32_t stage_at = 0,
                 free_at = (kStages - 1) * Layout::kStageBytes;  // the slab's stage; that of the one before
   // What turning sums into results takes.
-  const int shared_quads = rows * (kTile / 4) >> a.sharer_bits;  // a warp's share of a tile, in quads of outputs
+  // A warp's share of a tile, in quads of outputs, rows that do not exist among them: a power of two, so that no
+  // division stands between a counter and the sums that it announces.
+  const int quad_bits = std::countr_zero(unsigned{kRows * kTile / 4}) - a.sharer_bits, shared_quads = 1 << quad_bits;
   const bool shares = k_warp >> a.sharer_bits == 0;
   const std::int64_t slice_stride = static_cast<std::int64_t>(a.m) * a.slots * kTile;
   const auto part_of = [&](int tile, int i) {  // the place of outputs i.. of a slice's sums
@@ -688,6 +691,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
 #pragma unroll 1
       for (int quad = lane; quad < shared_quads; quad += 32) {
         const int i = (k_warp * shared_quads + quad) * 4, m = i / kTile;
+        if (m >= rows) break;
         int4* sums_at = reinterpret_cast<int4*>(
             &sums[(turn - 1) % 2 * Layout::kTurn + m * Layout::kSumsRow + Layout::sum_of(i % kTile)]);
         const int4 whole = *sums_at;
@@ -723,10 +727,9 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
         const unsigned lasts = __ballot_sync(~0u, last);
 #pragma unroll 1
         for (int first = 0; lasts && first < tiles * shared_quads; first += 32) {
-          const int quad = first + lane, of = quad / shared_quads;
-          const int done = first_stored + of * workers, i = (k_warp * shared_quads + quad % shared_quads) * 4;
-          if (of >= tiles || !(lasts >> of & 1)) continue;
-          const Outputs outputs = read_outputs(done, i);
+          const int quad = first + lane, of = quad >> quad_bits;
+          const int done = first_stored + of * workers, i = (k_warp * shared_quads + (quad & (shared_quads - 1))) * 4;
+          if (of >= tiles || !(lasts >> of & 1) || i / kTile >= rows) continue;
           const float* parts = a.partial + part_of(done, i);
           float4 total{};
           const auto add = [&](const float4& part) {
@@ -735,21 +738,30 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
             total.z += part.z;
             total.w += part.w;
           };
+          Outputs outputs;
           if constexpr (kRows == 1) {
             // A warp has one or two such sums to make and waits for each batch of loads; many rows' warps have many.
             constexpr int kBatch = kWarps == 16 && kBlocks < 8 ? 12 : 8;
-#pragma unroll 1
-            for (int from = 0; from < a.slices; from += kBatch) {
-              float4 part[kBatch];
+            float4 part[kBatch];
+            const auto ask = [&](int from) {
 #pragma unroll
               for (int s = 0; s < kBatch; ++s) {
                 const float* at = parts + (from + s) * slice_stride;
                 part[s] = from + s < a.slices ? __ldcg(reinterpret_cast<const float4*>(at)) : float4{};
               }
+            };
+            ask(0);
+            outputs = read_outputs(done, i);  // while the sums are on their way
+#pragma unroll 1
+            for (int from = 0;;) {
 #pragma unroll
               for (int s = 0; s < kBatch; ++s) add(part[s]);
+              from += kBatch;
+              if (from >= a.slices) break;
+              ask(from);
             }
           } else {
+            outputs = read_outputs(done, i);
 #pragma unroll kBlocks == 8 ? 4 : 8
             for (int s = 0; s < a.slices; ++s) add(__ldcg(reinterpret_cast<const float4*>(parts + s * slice_stride)));
           }
