@@ -45,6 +45,7 @@ class Variant:
     tokens: int = 4096  # of it
     sensitivity: bool = True
     compensate: bool = True
+    change_bases: bool = True
     loss: Callable[..., Tensor] | None = None  # whose gradients are the sensitivities, in place of the default's
     exact: bool = False  # whether every token keeps to the budget
     in_full: int = 0  # tokens at the beginning of a window that read everything, as those of a prompt do
@@ -89,6 +90,7 @@ VARIANTS = (
     Variant("no gain for weights read in part", change=no_gain),
     Variant("the same thresholds' rule in all layers", sensitivity=False),
     Variant("sensitivity by the text's own next tokens", loss=text_loss),
+    Variant("heads in the bases they come in", change_bases=False),
     Variant("planes 2,1,1,2,2", {"plane_widths": (2, 1, 1, 2, 2)}),
     Variant("planes 1,1,1,1,1,1,1,1", {"plane_widths": (1,) * 8}),
     Variant("planes 4,4", {"plane_widths": (4, 4)}),
@@ -132,13 +134,17 @@ def measure(
     dense: nn.Module, variant: Variant, ids: list[Tensor], windows: Windows, full: Reference
 ) -> list[dict[str, Any]]:
     """Rows of one variant, by setting of the dial."""
-    model: Any = grinqh.quantize_model(copy.deepcopy(dense), grinqh.GrinqhConfig(**variant.config), progress=False)
+    model: Any = copy.deepcopy(dense)
+    tokens = sum(map(len, ids))
+    if variant.change_bases:
+        grinqh.change_bases(model, ids, max_tokens=tokens, progress=False)
+    grinqh.quantize_model(model, grinqh.GrinqhConfig(**variant.config), progress=False)
     if variant.change is not None:
         for layer in grinqh.packed_layers(model).values():
             variant.change(layer)
     with patch.object(calibration, "_loss", variant.loss) if variant.loss else nullcontext():
         grinqh.calibrate(
-            model, ids, max_tokens=sum(map(len, ids)), sensitivity=variant.sensitivity, compensate=variant.compensate,
+            model, ids, max_tokens=tokens, sensitivity=variant.sensitivity, compensate=variant.compensate,
             progress=False,
         )  # fmt: skip
     for layer in grinqh.packed_layers(model).values() if variant.in_full else ():

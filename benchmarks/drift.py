@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from common import markdown_table, stamp, write_json
-from quality_models import LabModel, chat, other_languages, texts
+from quality_models import LabModel, chat, converted, other_languages, texts
 from quality_report import run_or_report, section_options, write_section
 from torch import Tensor
 from tqdm import tqdm
@@ -70,8 +70,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     model: Any = None
     for calibrated, read in tqdm(pairs, desc="drift", unit="pair", file=sys.stderr, disable=None):
         if read == next(iter(cut)):
-            model = grinqh.quantize_model(copy.deepcopy(lab.model), progress=False)
-            grinqh.calibrate(model, cut[calibrated][0], progress=False)
+            model = converted(lab.model, cut[calibrated][0])
         before = drifts(model, cut[read][1])
         after: list[Any] = [None] * len(READ_BITS)
         if read != calibrated:

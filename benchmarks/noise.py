@@ -10,7 +10,6 @@ Only the seed of the noise differs, and with it what is taken as full precision.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import statistics
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from common import markdown_table, stamp, write_json
-from quality_models import LabModel, texts
+from quality_models import LabModel, converted, texts
 from quality_report import run_or_report, section_options, write_section
 from tqdm import tqdm
 
@@ -57,9 +56,7 @@ def measure(lab: LabModel, calibration: str, windows: Windows) -> Iterator[dict[
     ids = list(token_windows(lab.tokenizer, calibration, LENGTH, CALIBRATION_TOKENS // LENGTH).ids)
     full = Reference(lambda: lab.model)
     for recipe, changes in RECIPES.items():
-        config = grinqh.GrinqhConfig(**changes)
-        model: Any = grinqh.quantize_model(copy.deepcopy(lab.model), config, progress=False)
-        grinqh.calibrate(model, ids, max_tokens=CALIBRATION_TOKENS, progress=False)
+        model = converted(lab.model, ids, grinqh.GrinqhConfig(**changes))
         for bits in READ_BITS:
             grinqh.set_bits(model, bits)
             (score,) = evaluate(model, windows, reference=full, progress=False)

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from common import stamp, write_json
-from quality_models import MODELS, LabModel, linears, reference, texts
+from quality_models import MODELS, LabModel, converted, linears, reference, texts
 from quality_report import write_report
 from quality_rivals import METHODS, SCALE_BITS, Inputs
 from torch import Tensor, nn
@@ -176,8 +176,7 @@ class Lab:
 
     def run_grinqh(self, config: grinqh.GrinqhConfig, settings: tuple[float, ...], about: str = "grinqh") -> None:
         """The default recipe, or a changed one."""
-        model = grinqh.quantize_model(copy.deepcopy(self.lab.model), config, progress=False)
-        grinqh.calibrate(model, self.calibration, progress=False)
+        model = converted(self.lab.model, self.calibration, config)
         stored = grinqh.stored_bits(model)
         block = 16 / config.block
         scores = {

@@ -7,19 +7,21 @@ noise is what every method starts from, and what it is compared with.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import re
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from common import CACHE
 from demo import model_file
 from torch import Tensor, nn
 
+import grinqh
 from grinqh.device import find_device
 from grinqh.errors import InputError
 from grinqh.evaluate import Reference
@@ -74,6 +76,19 @@ def reference(name: str, model: PreTrainedModel) -> Reference:
     if model.device.type != "cpu":
         return Reference(lambda: model)
     return Reference(lambda: model, CACHE / "quality", f"{name}, noise {NOISE_SEED}, torch {torch.__version__}")
+
+
+def converted(
+    dense: nn.Module, calibration: list[Tensor], config: grinqh.GrinqhConfig | None = None, change_bases: bool = True
+) -> PreTrainedModel:
+    """A copy of a model with the default recipe or a changed one: what `grinqh convert` makes of it."""
+    model: Any = copy.deepcopy(dense)
+    tokens = sum(ids.numel() for ids in calibration)
+    if change_bases:
+        grinqh.change_bases(model, calibration, max_tokens=tokens, progress=False)
+    grinqh.quantize_model(model, config, progress=False)
+    grinqh.calibrate(model, calibration, max_tokens=tokens, progress=False)
+    return model
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from grinqh.decoder import fuse_decoder
     from grinqh.dial import DialDrift, DialTable, dial_drift, dial_table, set_bits
     from grinqh.errors import InputError
+    from grinqh.heads import change_bases
     from grinqh.linear import GrinqhLinear
     from grinqh.loading import from_pretrained
     from grinqh.model import (
@@ -40,6 +41,7 @@ _MODULES = {
     "decoder": ("fuse_decoder",),
     "dial": ("DialDrift", "DialTable", "dial_drift", "dial_table", "set_bits"),
     "errors": ("InputError",),
+    "heads": ("change_bases",),
     "linear": ("GrinqhLinear",),
     "loading": ("from_pretrained",),
     "model": (
@@ -72,6 +74,7 @@ __all__ = [
     "ReadStats",
     "TokenReads",
     "calibrate",
+    "change_bases",
     "count_reads",
     "dial_drift",
     "dial_table",

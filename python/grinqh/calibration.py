@@ -88,7 +88,7 @@ def calibrate(
     config, layers = model_config(model), packed_layers(model)
     if any(layer.sharded for layer in layers.values()):
         raise InputError("the model is shared out among processes: calibrate it before grinqh.tensor_parallel")
-    batches = _batches(data, tokenizer, sequence_length, max_tokens)
+    batches = token_batches(data, tokenizer, sequence_length, max_tokens)
 
     observed = _observe(model, layers, batches, gradients=sensitivity, progress=progress)
     seen = {name: statistics for name, statistics in observed.items() if statistics.rows > 0}
@@ -157,7 +157,7 @@ def record_dial(
     if any(layer.sharded for layer in layers.values()):
         raise InputError("the model is shared out among processes: record its dial before grinqh.tensor_parallel")
     dial_table(model)  # raises where there is none
-    batches = _batches(data, tokenizer, sequence_length, max_tokens)
+    batches = token_batches(data, tokenizer, sequence_length, max_tokens)
     calibrated = {name: layer for name, layer in layers.items() if layer.calibrated}
     observed = _observe(model, calibrated, batches, gradients=False, progress=progress)
     for name, statistics in observed.items():
@@ -168,7 +168,7 @@ def record_dial(
     return dial_table(model)
 
 
-def _batches(data: Any, tokenizer: Any, sequence_length: int, max_tokens: int) -> list[Tensor]:
+def token_batches(data: Any, tokenizer: Any, sequence_length: int, max_tokens: int) -> list[Tensor]:
     """The calibration data as batches of token ids [batch, length]."""
     if sequence_length < 2:
         raise InputError(f"sequence_length is {sequence_length}, must be at least 2")
@@ -253,12 +253,12 @@ def _observe(
     labels = torch.Generator(next(model.parameters()).device).manual_seed(LABEL_SEED)
     with ExitStack() as stack:
         stack.enter_context(_reading_everything(layers))
-        stack.enter_context(_evaluating(model))
+        stack.enter_context(evaluating(model))
         stack.enter_context(torch.set_grad_enabled(gradients))
         for name, layer in layers.items():
             for handle in _hooks(layer, statistics[name], gradients):
                 stack.callback(handle.remove)
-        for ids, output in _outputs(model, batches, progress):
+        for ids, output in outputs_for(model, batches, progress):
             if gradients:
                 _loss(output, ids, labels).backward()
     for name, seen in statistics.items():
@@ -270,10 +270,12 @@ def _observe(
     return statistics
 
 
-def _outputs(model: nn.Module, batches: Sequence[Tensor], progress: bool) -> Iterator[tuple[Tensor, Any]]:
+def outputs_for(
+    model: nn.Module, batches: Sequence[Tensor], progress: bool, what: str = "calibrate"
+) -> Iterator[tuple[Tensor, Any]]:
     """Runs the model: each batch's token ids, on the model's device, and what it returns for them."""
     device = next(model.parameters()).device
-    for ids in tqdm(batches, desc="calibrate", unit="batch", file=sys.stderr, disable=None if progress else True):
+    for ids in tqdm(batches, desc=what, unit="batch", file=sys.stderr, disable=None if progress else True):
         ids = ids.to(device)
         yield ids, model(ids)
 
@@ -325,7 +327,7 @@ def _reading_everything(layers: Mapping[str, GrinqhLinear]) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """In evaluation mode, with no parameter's gradient computed."""
     training = [module for module in model.modules() if module.training]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -493,12 +495,12 @@ def _second_moments(
 
     with ExitStack() as stack:
         stack.enter_context(_reading_everything(layers))
-        stack.enter_context(_evaluating(model))
+        stack.enter_context(evaluating(model))
         stack.enter_context(torch.no_grad())
         for name in names:
             hook = layers[name].register_forward_pre_hook(lambda _, arguments, name=name: see(name, arguments[0]))
             stack.callback(hook.remove)
-        for _ in _outputs(model, batches, progress):
+        for _ in outputs_for(model, batches, progress):
             pass
     for name, moment in moments.items():
         moment /= max(rows[name], 1)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from grinqh import heads
 from grinqh.benchmark import versions
 from grinqh.calibration import calibrate
 from grinqh.config import GrinqhConfig, ReadBits
@@ -60,6 +61,7 @@ class Conversion:
     full_precision: list[str]  # the matrices that are not converted: name, number and shape
     calibration: str
     calibration_tokens: int
+    changed_bases: int  # attention layers whose heads got other bases
     device: str  # where it was converted and calibrated
     read_bits: ReadBits  # the dial's setting after loading
     evaluation: Evaluation | None
@@ -76,6 +78,7 @@ def convert(
     *,
     calibration: str | Path | None = None,
     calibration_tokens: int = CALIBRATION_TOKENS,
+    change_bases: bool = True,
     evaluation: str | Path | None = None,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
@@ -97,6 +100,9 @@ def convert(
         config: what to convert and how; None for the defaults.
         calibration: a UTF-8 text file; None for the help topics of Python.
         calibration_tokens: how much of it to use, about.
+        change_bases: whether attention heads may get other bases first (`grinqh.change_bases`): better at equal bits;
+            v_proj and o_proj then stay at full precision until the rest is packed, and adapters of the original model
+            do not fit them any more.
         evaluation: a UTF-8 text file on which the model card gives the perplexity; None for none. The full-precision
             model is loaded for it, beside the converted one.
         dtype: of what stays at full precision; "auto" for the source's own.
@@ -120,13 +126,20 @@ def convert(
     text = calibration_text() if calibration is None else read_text(calibration)
     evaluation_text = None if evaluation is None else (Path(evaluation).name, read_text(evaluation))
     text_name = CALIBRATION_TEXT_NAME if calibration is None else Path(calibration).name
-    facts = [checked.fingerprint(), config.to_dict(), str(dtype), versions()["grinqh"]]
+    facts: list[Any] = [checked.fingerprint(), config.to_dict(), str(dtype), versions()["grinqh"]]
+    if change_bases:  # on which the weights then depend
+        facts += [fingerprint(text), calibration_tokens]
+    changed: list[str] = []
+
+    def change(model: Any) -> None:
+        changed.extend(heads.change_bases(model, text, checked.tokenizer, max_tokens=calibration_tokens))
+
     kept = KeptLayers(Path(out), fingerprint(facts), enabled=resume)
     with _new_folder(Path(out), force) as folder, kept:
         if on_start is not None:
             on_start()
         with kept.in_use():
-            model: Any = checked.load_quantized(config, dtype, device)
+            model: Any = checked.load_quantized(config, dtype, device, change if change_bases else None)
         if kept.taken:
             print(f"{kept.taken} layers were packed by an earlier run and are used again", file=sys.stderr)
         report = calibrate(model, text, checked.tokenizer, max_tokens=calibration_tokens)
@@ -146,6 +159,7 @@ def convert(
             full_precision=full_precision(model),
             calibration=text_name,
             calibration_tokens=report.tokens,
+            changed_bases=len(changed),
             device=str(device),
             read_bits=config.read_bits,
             evaluation=quality,
@@ -235,6 +249,7 @@ grinqh.set_bits(model, 3.0)
 | read bits | {dial}: the dial's setting after loading |
 | size | {conversion.total_bytes / 1e6:,.1f} MB, of which {conversion.packed_bytes / 1e6:,.1f} MB are converted layers |
 | calibration | {conversion.calibration_tokens:,} tokens of {conversion.calibration} |
+| heads | {conversion.changed_bases} attention layers in other bases: adapters of the original do not fit v and o |
 {_perplexity_row(conversion.evaluation)}
 The licence is that of the original model.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from grinqh.device import find_device
 from grinqh.errors import InputError
 from grinqh.gguf import check_gguf, is_gguf, load_gguf_model, load_gguf_tokenizer
 from grinqh.model import quantize_model
+from grinqh.streaming import leaving_heads, pack_loaded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,7 +75,11 @@ class Source:
         return self._from_pretrained(device, dtype=dtype)
 
     def load_quantized(
-        self, config: GrinqhConfig, dtype: torch.dtype | str = "auto", device: torch.device | str | None = None
+        self,
+        config: GrinqhConfig,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str | None = None,
+        change_bases: Callable[[PreTrainedModel], object] | None = None,
     ) -> PreTrainedModel:
         """The model with its linear layers packed, not yet calibrated.
 
@@ -84,14 +90,23 @@ class Source:
             dtype: see `load_model`.
             device: where weights are packed and the model is left, as `grinqh.device.find_device` takes it; None for
                 the CPU.
+            change_bases: is called with the model while what `grinqh.change_bases` changes is at full precision.
 
         Raises:
             InputError: a device that is not there, or a model that cannot be loaded or converted.
         """
         device = find_device(device)
-        if self.gguf:
-            return quantize_model(self._from_gguf(dtype, device), config)
-        return self._from_pretrained(device, dtype=dtype, quantization_config=config)
+        if change_bases is None:
+            if self.gguf:
+                return quantize_model(self._from_gguf(dtype, device), config)
+            return self._from_pretrained(device, dtype=dtype, quantization_config=config)
+        with leaving_heads():
+            if self.gguf:
+                model = pack_loaded(self._from_gguf(dtype, device), config)
+            else:
+                model = self._from_pretrained(device, dtype=dtype, quantization_config=config)
+        change_bases(model)
+        return pack_loaded(model, config, check=False)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from grinqh import packing
 from grinqh.config import GrinqhConfig
 from grinqh.fusion import fuse_linears, groups
+from grinqh.heads import find_heads
 from grinqh.memory import release_file_pages, trim_heap
 from grinqh.model import (
+    Model,
     linear_layers,
     log_untied,
     output_heads,
@@ -22,6 +29,29 @@ from grinqh.model import (
 )
 from grinqh.packing import PackedTensors
 from grinqh.unconverted import check_unconverted
+
+_LEAVING_HEADS: ContextVar[bool] = ContextVar("grinqh_leaving_heads", default=False)
+
+
+@contextmanager
+def leaving_heads() -> Iterator[None]:
+    """Within it what `grinqh.change_bases` changes is left at full precision, for a later `pack_loaded`."""
+    token = _LEAVING_HEADS.set(True)
+    try:
+        yield
+    finally:
+        _LEAVING_HEADS.reset(token)
+
+
+def _left(model: nn.Module, config: GrinqhConfig, layers: Mapping[str, nn.Linear]) -> set[str]:
+    """Names of the layers that are left for later: v and o of heads, and what is fused with them."""
+    if not _LEAVING_HEADS.get():
+        return set()
+    changing = {id(layer) for of in find_heads(model) for layer in (of.v, of.o)}
+    left = {name for name, layer in layers.items() if id(layer) in changing}
+    if config.fuse:
+        left.update(*(group.names for group in groups(model, config, layers) if left.intersection(group.names)))
+    return left
 
 
 class WeightToPack:
@@ -74,15 +104,15 @@ class LinearToPack(nn.Linear):
 def expect_weights(model: nn.Module, config: GrinqhConfig) -> None:
     """Makes an empty model ready to have its weights loaded and packed.
 
-    Heads are left for `pack_rest`: one that is tied has no weight of its own in the files.
+    Output heads are left for `pack_rest`: one that is tied has no weight of its own in the files.
 
     Raises:
         InputError: nothing to convert, a pattern that matches nothing, or experts (see `check_unconverted`).
     """
     layers = linear_layers(model, config)
     check_unconverted(model, config)
-    heads = output_heads(model)
-    layers = {name: linear for name, linear in layers.items() if name not in heads}
+    apart = output_heads(model) | _left(model, config, layers)
+    layers = {name: linear for name, linear in layers.items() if name not in apart}
     parts_of = {name: [name] for name in layers}
     if config.fuse:
         for group in groups(model, config, layers):
@@ -95,7 +125,6 @@ def expect_weights(model: nn.Module, config: GrinqhConfig) -> None:
 
 def pack_rest(model: nn.Module, config: GrinqhConfig) -> None:
     """Puts the packed layers in place of those that stood for them, and packs what was left."""
-    shared = shared_weights(model)
     loaded = {name: module for name, module in model.named_modules() if isinstance(module, LinearToPack)}
     targets = {name: module.target for name, module in loaded.items()}
     layers: dict[str, nn.Linear] = dict(loaded)
@@ -105,9 +134,29 @@ def pack_rest(model: nn.Module, config: GrinqhConfig) -> None:
     for name, linear in layers.items():
         target = targets[name]
         model.set_submodule(name, packed_layer(name, linear, target.packed, config, target.device))
-    for name, linear in linear_layers(model, config, check=False).items():
+    pack_loaded(model, config, check=False)
+
+
+def pack_loaded(model: Model, config: GrinqhConfig, *, check: bool = True) -> Model:
+    """Packs what is at full precision of a model, and returns it; `check` as in `linear_layers`.
+
+    Raises:
+        InputError: see `check`; experts (see `check_unconverted`), or a weight that cannot be packed.
+    """
+    layers, shared = linear_layers(model, config, check=check), shared_weights(model)
+    if check:
+        check_unconverted(model, config)
+    for name in _left(model, config, layers):
+        del layers[name]
+    if config.fuse:
+        fuse_linears(model, config, layers)
+    for name in tqdm(list(layers), desc="quantize", unit="layer", file=sys.stderr, disable=None):
+        linear = layers.pop(name)
         layer = packed_layer(name, linear, pack_weight(name, linear.weight, config), config, linear.weight.device)
         model.set_submodule(name, layer)
         if id(linear.weight) in shared:
             log_untied(name, layer)
+        del linear
+        trim_heap()
     record_config(model, config)
+    return model

@@ -32,6 +32,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="UTF-8 text (default: Python's help topics)")
     parser.add_argument("--calibration-tokens", type=positive, help="how much of it to use (default: 8192)")
     parser.add_argument(
+        "--keep-bases", action="store_true", help="leave attention heads in the bases they are in (see README)"
+    )
+    parser.add_argument(
         "--evaluate",
         type=Path,
         metavar="FILE",
@@ -90,6 +93,7 @@ def run(options: argparse.Namespace) -> None:
         options.out,
         config,
         calibration=options.calibration,
+        change_bases=not options.keep_bases,
         evaluation=options.evaluate,
         dtype=options.dtype,
         device=device,
