@@ -45,7 +45,7 @@ class Variant:
     tokens: int = 4096  # of it
     sensitivity: bool = True
     compensate: bool = True
-    change_bases: bool = True
+    rotate_heads: bool = True
     loss: Callable[..., Tensor] | None = None  # whose gradients are the sensitivities, in place of the default's
     exact: bool = False  # whether every token keeps to the budget
     in_full: int = 0  # tokens at the beginning of a window that read everything, as those of a prompt do
@@ -90,7 +90,7 @@ VARIANTS = (
     Variant("no gain for weights read in part", change=no_gain),
     Variant("the same thresholds' rule in all layers", sensitivity=False),
     Variant("sensitivity by the text's own next tokens", loss=text_loss),
-    Variant("heads in the bases they come in", change_bases=False),
+    Variant("heads not rotated", rotate_heads=False),
     Variant("planes 2,1,1,2,2", {"plane_widths": (2, 1, 1, 2, 2)}),
     Variant("planes 1,1,1,1,1,1,1,1", {"plane_widths": (1,) * 8}),
     Variant("planes 4,4", {"plane_widths": (4, 4)}),
@@ -136,8 +136,8 @@ def measure(
     """Rows of one variant, by setting of the dial."""
     model: Any = copy.deepcopy(dense)
     tokens = sum(map(len, ids))
-    if variant.change_bases:
-        grinqh.change_bases(model, ids, max_tokens=tokens, progress=False)
+    if variant.rotate_heads:
+        grinqh.rotate_heads(model, ids, max_tokens=tokens, progress=False)
     grinqh.quantize_model(model, grinqh.GrinqhConfig(**variant.config), progress=False)
     if variant.change is not None:
         for layer in grinqh.packed_layers(model).values():

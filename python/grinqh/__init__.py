@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from grinqh.decoder import fuse_decoder
     from grinqh.dial import DialDrift, DialTable, dial_drift, dial_table, set_bits
     from grinqh.errors import InputError
-    from grinqh.heads import change_bases
+    from grinqh.heads import rotate_heads
     from grinqh.linear import GrinqhLinear
     from grinqh.loading import from_pretrained
     from grinqh.model import (
@@ -41,7 +41,7 @@ _MODULES = {
     "decoder": ("fuse_decoder",),
     "dial": ("DialDrift", "DialTable", "dial_drift", "dial_table", "set_bits"),
     "errors": ("InputError",),
-    "heads": ("change_bases",),
+    "heads": ("rotate_heads",),
     "linear": ("GrinqhLinear",),
     "loading": ("from_pretrained",),
     "model": (
@@ -74,7 +74,6 @@ __all__ = [
     "ReadStats",
     "TokenReads",
     "calibrate",
-    "change_bases",
     "count_reads",
     "dial_drift",
     "dial_table",
@@ -87,6 +86,7 @@ __all__ = [
     "read_stats",
     "record_dial",
     "reset_read_stats",
+    "rotate_heads",
     "set_bits",
     "stored_bits",
     "tensor_parallel",

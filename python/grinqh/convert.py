@@ -61,7 +61,7 @@ class Conversion:
     full_precision: list[str]  # the matrices that are not converted: name, number and shape
     calibration: str
     calibration_tokens: int
-    changed_bases: int  # attention layers whose heads got other bases
+    rotated_heads: int  # attention layers whose heads were rotated
     device: str  # where it was converted and calibrated
     read_bits: ReadBits  # the dial's setting after loading
     evaluation: Evaluation | None
@@ -78,7 +78,7 @@ def convert(
     *,
     calibration: str | Path | None = None,
     calibration_tokens: int = CALIBRATION_TOKENS,
-    change_bases: bool = True,
+    rotate_heads: bool = True,
     evaluation: str | Path | None = None,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
@@ -100,7 +100,7 @@ def convert(
         config: what to convert and how; None for the defaults.
         calibration: a UTF-8 text file; None for the help topics of Python.
         calibration_tokens: how much of it to use, about.
-        change_bases: whether attention heads may get other bases first (`grinqh.change_bases`): better at equal bits;
+        rotate_heads: whether attention heads may be rotated first (`grinqh.rotate_heads`): better at equal bits;
             v_proj and o_proj then stay at full precision until the rest is packed, and adapters of the original model
             do not fit them any more.
         evaluation: a UTF-8 text file on which the model card gives the perplexity; None for none. The full-precision
@@ -127,19 +127,19 @@ def convert(
     evaluation_text = None if evaluation is None else (Path(evaluation).name, read_text(evaluation))
     text_name = CALIBRATION_TEXT_NAME if calibration is None else Path(calibration).name
     facts: list[Any] = [checked.fingerprint(), config.to_dict(), str(dtype), versions()["grinqh"]]
-    if change_bases:  # on which the weights then depend
+    if rotate_heads:  # on which the weights then depend
         facts += [fingerprint(text), calibration_tokens]
     changed: list[str] = []
 
     def change(model: Any) -> None:
-        changed.extend(heads.change_bases(model, text, checked.tokenizer, max_tokens=calibration_tokens))
+        changed.extend(heads.rotate_heads(model, text, checked.tokenizer, max_tokens=calibration_tokens))
 
     kept = KeptLayers(Path(out), fingerprint(facts), enabled=resume)
     with _new_folder(Path(out), force) as folder, kept:
         if on_start is not None:
             on_start()
         with kept.in_use():
-            model: Any = checked.load_quantized(config, dtype, device, change if change_bases else None)
+            model: Any = checked.load_quantized(config, dtype, device, change if rotate_heads else None)
         if kept.taken:
             print(f"{kept.taken} layers were packed by an earlier run and are used again", file=sys.stderr)
         report = calibrate(model, text, checked.tokenizer, max_tokens=calibration_tokens)
@@ -159,7 +159,7 @@ def convert(
             full_precision=full_precision(model),
             calibration=text_name,
             calibration_tokens=report.tokens,
-            changed_bases=len(changed),
+            rotated_heads=len(changed),
             device=str(device),
             read_bits=config.read_bits,
             evaluation=quality,
@@ -249,7 +249,7 @@ grinqh.set_bits(model, 3.0)
 | read bits | {dial}: the dial's setting after loading |
 | size | {conversion.total_bytes / 1e6:,.1f} MB, of which {conversion.packed_bytes / 1e6:,.1f} MB are converted layers |
 | calibration | {conversion.calibration_tokens:,} tokens of {conversion.calibration} |
-| heads | {conversion.changed_bases} attention layers in other bases: adapters of the original do not fit v and o |
+| heads | rotated in {conversion.rotated_heads} attention layers: adapters of the original do not fit v and o |
 {_perplexity_row(conversion.evaluation)}
 The licence is that of the original model.
 """

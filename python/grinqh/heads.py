@@ -1,10 +1,9 @@
-"""Attention heads in bases in which o has few large inputs and many small ones, and so needs fewer bits.
+"""Attention heads rotated so that o has few large inputs and many small ones, and so needs fewer bits.
 
 Attention adds up values, each query head those of its key head, and mixes none of the numbers of a value with another.
-So the basis of a key head's values is free: with an invertible M, the rows of v become M W_v and the columns of o that
-its query heads feed become W_o M^-1; the model computes what it did, at the same cost. (Liu et al., SpinQuant, arXiv
-2405.16406, learn a rotation for this place.) Here M makes what reaches o on the calibration text uncorrelated, and o's
-columns orthogonal: the error that is left where each input has bits of its own is then least (docs/method.md).
+So the values of a key head may be rotated: with an orthogonal R, the rows of v become R W_v and the columns of o that
+its query heads feed become W_o R^T; the model computes what it did, at the same cost. (Liu et al., SpinQuant, arXiv
+2405.16406, learn R.) Here the rows of R are the principal components of what reaches o on the calibration text.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DAMPING = 0.01  # of the mean, added to the energy of every direction
-TRIAL_TOKENS = 64  # of the text, on which it is tried whether other bases leave the model's function as it is
+TRIAL_TOKENS = 64  # of the text, on which it is tried whether rotations leave the model's function as it is
 TOLERANCE = 0.05  # relative, of what is tried: above the rounding of 16-bit types, far below a wrong guess
 
 
@@ -45,17 +43,10 @@ class Heads:
     size: int  # numbers of a head
 
 
-class Basis(NamedTuple):
-    """The bases of a layer's key heads: float64 [count, size, size] on the CPU."""
-
-    into: Tensor  # M
-    back: Tensor  # M^-1
+Rotations = Mapping[Heads, Tensor]  # R of each key head: float64 [count, size, size] on the CPU
 
 
-Bases = Mapping[Heads, Basis]
-
-
-def change_bases(
+def rotate_heads(
     model: nn.Module,
     data: str | Sequence[str] | Tensor | Sequence[Tensor],
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -64,7 +55,7 @@ def change_bases(
     max_tokens: int = 8192,
     progress: bool = True,
 ) -> list[str]:
-    """Gives attention heads bases in which o_proj needs fewer bits, in place, before `quantize_model`.
+    """Rotates attention heads so that o_proj needs fewer bits, in place, before `quantize_model`.
 
     The model runs over the text once; then v_proj and o_proj get other weights. Its function stays, but for rounding to
     their dtype. What is between the two is another: adapters of the original model for them do not fit any more.
@@ -80,29 +71,29 @@ def change_bases(
         progress: whether to show a progress bar on stderr (only if that is a terminal).
 
     Returns:
-        The names of the attention layers that got other bases.
+        The names of the attention layers whose heads were rotated.
 
     Raises:
         InputError: data that is empty, of another type or without its tokenizer; activations that are NaN or infinite,
             by the layer's name. The model is then unchanged.
 
-    Source: docs/method.md, "Heads in other bases".
+    Source: docs/method.md, "Rotated heads".
     """
     batches = token_batches(data, tokenizer, sequence_length, max_tokens)
     with evaluating(model), torch.no_grad():
         with second_moments(find_heads(model)) as moments:
-            for _ in outputs_for(model, batches, progress, "change bases"):
+            for _ in outputs_for(model, batches, progress, "rotate heads"):
                 pass
         for of, moment in moments.items():
             if not torch.isfinite(moment).all():
                 raise InputError(
                     f"{of.attention}.o_proj saw activations that are NaN or infinite on the calibration data"
                 )
-        bases = that_change_nothing(model, find_bases(moments), batches[0])
-        for of, basis in bases.items():
-            _change(of, basis)
+        rotations = that_change_nothing(model, principal_components(moments), batches[0])
+        for of, rotation in rotations.items():
+            _rotate(of, rotation)
             trim_heap()
-    return [of.attention for of in bases]
+    return [of.attention for of in rotations]
 
 
 def find_heads(model: nn.Module) -> list[Heads]:
@@ -133,98 +124,83 @@ def second_moments(heads: Sequence[Heads]) -> Iterator[dict[Heads, Tensor]]:
         yield moments
 
 
-def find_bases(moments: Mapping[Heads, Tensor]) -> Bases:
-    """For second moments C of what o sees and A of o's columns: M C M^T and M^-T A M^-1 are diagonal, both damped."""
-    bases = {}
-    for of, moment in moments.items():
-        heads = of.o.weight.detach().double().T.unflatten(0, (of.count, of.sharing, of.size))
-        columns = heads.transpose(1, 2).flatten(2)  # [count, size, sharing * N]
-        root = torch.linalg.cholesky(_damped(moment))
-        _, vectors = torch.linalg.eigh(root.mT @ _damped(columns @ columns.mT) @ root)
-        back = root @ vectors
-        into = torch.linalg.inv(back)
-        norm = into.norm(dim=2)
-        bases[of] = Basis(into / norm[:, :, None], back * norm[:, None, :])
-    return bases
+def principal_components(moments: Mapping[Heads, Tensor]) -> Rotations:
+    """Of second moments: the rotations after which a head's numbers are not correlated; that of most energy is last."""
+    return {of: torch.linalg.eigh(moment.double().cpu()).eigenvectors.mT for of, moment in moments.items()}
 
 
-def _damped(moment: Tensor) -> Tensor:
-    moment = moment.double().cpu()
-    mean = moment.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(torch.float32).tiny)
-    return moment / mean[:, None, None] + DAMPING * torch.eye(moment.shape[-1], dtype=torch.float64)
+def that_change_nothing(model: nn.Module, rotations: Rotations, ids: Tensor) -> Rotations:
+    """Those of the rotations with which the model computes what it does now.
 
-
-def that_change_nothing(model: nn.Module, bases: Bases, ids: Tensor) -> Bases:
-    """Those of the bases in which the model computes what it does now.
-
-    A model may do something between v and o that knows the basis, or use values elsewhere too. So it is tried: with
-    v's outputs in the new basis, every o must see its input in that basis; then with o's inputs brought back, the
-    logits must be what they are now.
+    A model may do something between v and o that a rotation changes, or use values elsewhere too. So it is tried: with
+    v's outputs rotated, every o must see its input rotated; then with o's inputs rotated back, the logits must be what
+    they are now.
 
     Args:
         model: in evaluation mode, without gradients.
-        bases: to be tried.
+        rotations: to be tried.
         ids: token ids [batch, length].
     """
-    if not bases:
+    if not rotations:
         return {}
     ids = ids[:1, :TRIAL_TOKENS].to(next(model.parameters()).device)
     seen: dict[Heads, Tensor] = {}
-    reached: dict[Heads, Basis] = {}
+    reached: dict[Heads, Tensor] = {}
 
     def keep(of: Heads, x: Tensor) -> Tensor:
         return seen.setdefault(of, x)
 
     def compare(of: Heads, x: Tensor) -> Tensor:
-        if of in seen and _close(x, _of_queries(bases[of].into, of, seen[of])):
-            reached[of] = bases[of]
+        if of in seen and _close(x, _queries(rotations[of], of, seen[of])):
+            reached[of] = rotations[of]
         return seen.get(of, x)  # so that each layer is tried by itself
 
-    with _hooked({}, dict.fromkeys(bases, keep)):
+    with _hooked({}, dict.fromkeys(rotations, keep)):
         now = _logits(model, ids)
-    with _hooked(bases, dict.fromkeys(bases, compare)):
+    with _hooked(rotations, dict.fromkeys(rotations, compare)):
         model(ids)
-    for of in bases.keys() - reached.keys():
-        logger.info("%s: o_proj does not see values as they are, so its heads keep their basis", of.attention)
-    with _hooked(reached, {of: lambda of, x: _of_queries(reached[of].back, of, x) for of in reached}):
+    for of in rotations.keys() - reached.keys():
+        logger.info("%s: o_proj does not see values as they are, so its heads are not rotated", of.attention)
+    with _hooked(reached, {of: lambda of, x: _queries(reached[of].mT, of, x) for of in reached}):
         then = _logits(model, ids)
     if reached and (now is None or then is None or not _close(then, now)):
-        logger.warning("all heads keep their basis: the model uses values elsewhere than in o_proj, or has no logits")
+        logger.warning("no heads are rotated: the model uses values elsewhere than in o_proj, or has no logits")
         return {}
     return reached
 
 
-def _change(of: Heads, basis: Basis) -> None:
-    """Brings v and o into another basis. Their parameters are replaced: a file may be behind the old ones."""
-    v, o = of.v, of.o
-    parameters = [(v, "weight", _of_keys(basis.into, of, v.weight.T).T)]
-    if v.bias is not None:
-        parameters.append((v, "bias", _of_keys(basis.into, of, v.bias)))
-    parameters.append((o, "weight", _of_queries(basis.back.mT, of, o.weight)))
+def _rotate(of: Heads, rotation: Tensor) -> None:
+    """Rotates what is between v and o. Their parameters are replaced: a file may be behind the old ones."""
+    parameters = [
+        (of.v, "weight", _keys(rotation, of, of.v.weight.T).T),
+        (of.o, "weight", _queries(rotation, of, of.o.weight)),
+    ]
+    if of.v.bias is not None:
+        parameters.append((of.v, "bias", _keys(rotation, of, of.v.bias)))
     for layer, name, value in parameters:
         old = getattr(layer, name)
         setattr(layer, name, nn.Parameter(value.contiguous(), requires_grad=old.requires_grad))
         release_file_pages(old)
 
 
-def _of_queries(by: Tensor, of: Heads, x: Tensor) -> Tensor:
-    """What o sees, [.., H * size], with the part of every query head multiplied by its key head's matrix."""
-    heads = x.unflatten(-1, (of.count, of.sharing, of.size)).to(by.dtype)
-    return torch.einsum("hed,...hsd->...hse", by.to(x.device), heads).flatten(-3).to(x.dtype)
+def _queries(rotation: Tensor, of: Heads, x: Tensor) -> Tensor:
+    """What o sees, or rows of its weights, [.., H * size], with every query head rotated as its key head is."""
+    heads = x.unflatten(-1, (of.count, of.sharing, of.size)).to(rotation.dtype)
+    return torch.einsum("hed,...hsd->...hse", rotation.to(x.device), heads).flatten(-3).to(x.dtype)
 
 
-def _of_keys(by: Tensor, of: Heads, x: Tensor) -> Tensor:
-    """Values, [.., count * size], with the part of every key head multiplied by its matrix."""
-    heads = x.unflatten(-1, (of.count, of.size)).to(by.dtype)
-    return torch.einsum("hed,...hd->...he", by.to(x.device), heads).flatten(-2).to(x.dtype)
+def _keys(rotation: Tensor, of: Heads, x: Tensor) -> Tensor:
+    """Values, [.., count * size], with every key head rotated."""
+    heads = x.unflatten(-1, (of.count, of.size)).to(rotation.dtype)
+    return torch.einsum("hed,...hd->...he", rotation.to(x.device), heads).flatten(-2).to(x.dtype)
 
 
 @contextmanager
-def _hooked(bases: Bases, inputs: Mapping[Heads, Callable[[Heads, Tensor], Tensor]]) -> Iterator[None]:
-    """Within it values are made in other bases, and what o sees is what a function makes of it."""
+def _hooked(rotations: Rotations, inputs: Mapping[Heads, Callable[[Heads, Tensor], Tensor]]) -> Iterator[None]:
+    """Within it values are rotated, and what o sees is what a function makes of it."""
     with ExitStack() as stack:
-        for of, basis in bases.items():
-            hook: Any = of.v.register_forward_hook(lambda _, __, y, of=of, basis=basis: _of_keys(basis.into, of, y))
+        for of, rotation in rotations.items():
+            hook: Any = of.v.register_forward_hook(lambda _, __, y, of=of, rotation=rotation: _keys(rotation, of, y))
             stack.callback(hook.remove)
         for of, see in inputs.items():
             hook = of.o.register_forward_pre_hook(lambda _, x, of=of, see=see: (see(of, x[0]),))

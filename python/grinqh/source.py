@@ -79,7 +79,7 @@ class Source:
         config: GrinqhConfig,
         dtype: torch.dtype | str = "auto",
         device: torch.device | str | None = None,
-        change_bases: Callable[[PreTrainedModel], object] | None = None,
+        rotate_heads: Callable[[PreTrainedModel], object] | None = None,
     ) -> PreTrainedModel:
         """The model with its linear layers packed, not yet calibrated.
 
@@ -90,13 +90,13 @@ class Source:
             dtype: see `load_model`.
             device: where weights are packed and the model is left, as `grinqh.device.find_device` takes it; None for
                 the CPU.
-            change_bases: is called with the model while what `grinqh.change_bases` changes is at full precision.
+            rotate_heads: is called with the model while what `grinqh.rotate_heads` changes is at full precision.
 
         Raises:
             InputError: a device that is not there, or a model that cannot be loaded or converted.
         """
         device = find_device(device)
-        if change_bases is None:
+        if rotate_heads is None:
             if self.gguf:
                 return quantize_model(self._from_gguf(dtype, device), config)
             return self._from_pretrained(device, dtype=dtype, quantization_config=config)
@@ -105,7 +105,7 @@ class Source:
                 model = pack_loaded(self._from_gguf(dtype, device), config)
             else:
                 model = self._from_pretrained(device, dtype=dtype, quantization_config=config)
-        change_bases(model)
+        rotate_heads(model)
         return pack_loaded(model, config, check=False)
 
     @cached_property

@@ -35,7 +35,7 @@ _LEAVING_HEADS: ContextVar[bool] = ContextVar("grinqh_leaving_heads", default=Fa
 
 @contextmanager
 def leaving_heads() -> Iterator[None]:
-    """Within it what `grinqh.change_bases` changes is left at full precision, for a later `pack_loaded`."""
+    """Within it what `grinqh.rotate_heads` changes is left at full precision, for a later `pack_loaded`."""
     token = _LEAVING_HEADS.set(True)
     try:
         yield

@@ -1,9 +1,11 @@
 """Calibration of a model on the GPU."""
 
+import copy
+
 import pytest
 import torch
 from test_compensation import correlated, output_error, packed, with_tensors
-from tiny_models import tiny_model, token_ids
+from tiny_models import logits, tiny_model, token_ids
 
 import grinqh
 from grinqh import GrinqhConfig, packing
@@ -22,6 +24,15 @@ def test_rounding_anew_gains_on_the_gpu_what_it_gains_on_the_cpu(block: int) -> 
     assert on_gpu.stored_channels == stored
     assert output_error(on_gpu, exact, unseen) < 0.7 * output_error(cut, exact, unseen)
     assert output_error(on_gpu, exact, unseen) == pytest.approx(output_error(on_cpu, exact, unseen), rel=0.05)
+
+
+def test_heads_rotated_on_the_gpu_leave_the_function_as_it_was() -> None:
+    on_cpu, ids = tiny_model(initializer_range=0.15), token_ids(2, 9)
+    on_gpu, exact = copy.deepcopy(on_cpu).to("cuda"), logits(on_cpu, ids)
+    rotated = grinqh.rotate_heads(on_gpu, token_ids())
+    assert rotated == grinqh.rotate_heads(on_cpu, token_ids())
+    assert len(rotated) == 2
+    assert float((logits(on_gpu, ids.cuda()).cpu() - exact).norm() / exact.norm()) < 1e-4
 
 
 def test_a_model_calibrated_on_the_gpu_measures_the_sensitivities_that_the_cpu_does() -> None:

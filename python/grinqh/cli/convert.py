@@ -31,9 +31,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--read-bits", type=float, help="the dial's setting after loading (default: 3)")
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="UTF-8 text (default: Python's help topics)")
     parser.add_argument("--calibration-tokens", type=positive, help="how much of it to use (default: 8192)")
-    parser.add_argument(
-        "--keep-bases", action="store_true", help="leave attention heads in the bases they are in (see README)"
-    )
+    parser.add_argument("--keep-heads", action="store_true", help="do not rotate attention heads for fewer bits")
     parser.add_argument(
         "--evaluate",
         type=Path,
@@ -93,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
         options.out,
         config,
         calibration=options.calibration,
-        change_bases=not options.keep_bases,
+        rotate_heads=not options.keep_heads,
         evaluation=options.evaluate,
         dtype=options.dtype,
         device=device,
