@@ -79,12 +79,12 @@ def reference(name: str, model: PreTrainedModel) -> Reference:
 
 
 def converted(
-    dense: nn.Module, calibration: list[Tensor], config: grinqh.GrinqhConfig | None = None, rotate_heads: bool = True
+    dense: nn.Module, calibration: list[Tensor], config: grinqh.GrinqhConfig | None = None
 ) -> PreTrainedModel:
     """A copy of a model with the default recipe or a changed one: what `grinqh convert` makes of it."""
     model: Any = copy.deepcopy(dense)
     tokens = sum(ids.numel() for ids in calibration)
-    if rotate_heads:
+    if config is None or config.stored_bits is None:
         grinqh.rotate_heads(model, calibration, max_tokens=tokens, progress=False)
     grinqh.quantize_model(model, config, progress=False)
     grinqh.calibrate(model, calibration, max_tokens=tokens, progress=False)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import grinqh
 from grinqh import GrinqhConfig, InputError, heads, packed_layers
+from grinqh.cli import main
 from grinqh.convert import convert
 from grinqh.source import Source
 
@@ -247,12 +248,26 @@ def test_a_folder_is_packed_as_the_model_that_was_rotated(fuse: bool, tmp_path: 
             assert torch.equal(layer.tensors["plane_0"], expected[name].tensors["plane_0"])
 
 
-@pytest.mark.parametrize("keep", [False, True])
-def test_a_conversion_rotates_heads_unless_told_not_to_and_says_so(keep: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("asked", "stored_bits", "layers"), [(None, None, 2), (None, 6.0, 0), (False, None, 0), (True, 6.0, 2)]
+)
+def test_a_conversion_rotates_heads_unless_few_bits_are_stored_or_it_is_told_not_to_and_says_so(
+    asked: bool | None, stored_bits: float | None, layers: int, tmp_path: Path
+) -> None:
     source, text = make_source(tmp_path / "source"), tmp_path / "text.txt"
     text.write_text(TEXT, encoding="utf-8")
-    made = convert(source, tmp_path / "out", calibration=text, rotate_heads=not keep)
-    assert made.rotated_heads == (0 if keep else 2)
+    config = GrinqhConfig(stored_bits=stored_bits)
+    made = convert(source, tmp_path / "out", config, calibration=text, rotate_heads=asked)
+    assert made.rotated_heads == layers
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert f"| heads | rotated in {made.rotated_heads} attention layers" in card
-    assert "quantization_config" in json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert f"| heads | rotated in {layers} attention layers" in card
+
+
+def test_the_command_leaves_heads_alone_if_told_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, text = make_source(tmp_path / "source"), tmp_path / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    command = ["convert", str(source), str(tmp_path / "out"), "--calibration", str(text), "--device", "cpu", "--json"]
+    assert main([*command, "--keep-heads"]) == 0
+    assert json.loads(capsys.readouterr().out)["rotated_heads"] == 0
+    assert main([*command, "--force"]) == 0
+    assert json.loads(capsys.readouterr().out)["rotated_heads"] == 2

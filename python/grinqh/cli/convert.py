@@ -31,7 +31,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--read-bits", type=float, help="the dial's setting after loading (default: 3)")
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="UTF-8 text (default: Python's help topics)")
     parser.add_argument("--calibration-tokens", type=positive, help="how much of it to use (default: 8192)")
-    parser.add_argument("--keep-heads", action="store_true", help="do not rotate attention heads for fewer bits")
+    parser.add_argument(
+        "--keep-heads", action="store_true", help="do not rotate attention heads; nor are they with --stored-bits"
+    )
     parser.add_argument(
         "--evaluate",
         type=Path,
@@ -91,7 +93,7 @@ def run(options: argparse.Namespace) -> None:
         options.out,
         config,
         calibration=options.calibration,
-        rotate_heads=not options.keep_heads,
+        rotate_heads=False if options.keep_heads else None,
         evaluation=options.evaluate,
         dtype=options.dtype,
         device=device,
