@@ -131,17 +131,17 @@ def convert(
         rotate_heads = config.stored_bits is None
     if rotate_heads:  # on which the weights then depend
         facts += [fingerprint(text), calibration_tokens]
-    changed: list[str] = []
+    rotated: list[str] = []
 
-    def change(model: Any) -> None:
-        changed.extend(heads.rotate_heads(model, text, checked.tokenizer, max_tokens=calibration_tokens))
+    def rotate(model: Any) -> None:
+        rotated.extend(heads.rotate_heads(model, text, checked.tokenizer, max_tokens=calibration_tokens))
 
     kept = KeptLayers(Path(out), fingerprint(facts), enabled=resume)
     with _new_folder(Path(out), force) as folder, kept:
         if on_start is not None:
             on_start()
         with kept.in_use():
-            model: Any = checked.load_quantized(config, dtype, device, change if rotate_heads else None)
+            model: Any = checked.load_quantized(config, dtype, device, rotate if rotate_heads else None)
         if kept.taken:
             print(f"{kept.taken} layers were packed by an earlier run and are used again", file=sys.stderr)
         report = calibrate(model, text, checked.tokenizer, max_tokens=calibration_tokens)
@@ -161,7 +161,7 @@ def convert(
             full_precision=full_precision(model),
             calibration=text_name,
             calibration_tokens=report.tokens,
-            rotated_heads=len(changed),
+            rotated_heads=len(rotated),
             device=str(device),
             read_bits=config.read_bits,
             evaluation=quality,

@@ -18,6 +18,7 @@ from grinqh.config import GrinqhConfig, check_patterns, matches
 from grinqh.errors import InputError
 from grinqh.fusion import fuse_linears, sections_of
 from grinqh.linear import GrinqhLinear
+from grinqh.memory import trim_heap
 from grinqh.unconverted import check_unconverted, named, other_weights
 
 logger = logging.getLogger(__name__)
@@ -57,12 +58,23 @@ def quantize_model(model: Model, config: GrinqhConfig | None = None, *, progress
         packing.check_weight(f"{name}.weight", linear.weight)
         if linear.bias is not None and not torch.isfinite(linear.bias).all():
             raise InputError(f"{name}.bias holds NaN or infinity, must be finite")
+    pack_linears(model, config, layers, progress=progress)
+    return model
+
+
+def pack_linears(
+    model: nn.Module, config: GrinqhConfig, layers: dict[str, nn.Linear], *, progress: bool = True
+) -> None:
+    """Puts packed layers in place of the given ones, by name, fused if the config says so, and records the config.
+
+    `layers` is emptied on the way, so that full-precision weights go one by one.
+    """
     if config.fuse:
         fuse_linears(model, config, layers)
-
     shared = shared_weights(model)
     converted: dict[int, GrinqhLinear] = {}
-    for name in tqdm(list(layers), desc="quantize", unit="layer", file=sys.stderr, disable=None if progress else True):
+    quiet = None if progress and layers else True
+    for name in tqdm(list(layers), desc="quantize", unit="layer", file=sys.stderr, disable=quiet):
         linear = layers.pop(name)
         if id(linear) not in converted:  # else: a layer that the model uses under several names
             tensors = pack_weight(name, linear.weight, config)
@@ -70,8 +82,9 @@ def quantize_model(model: Model, config: GrinqhConfig | None = None, *, progress
             if id(linear.weight) in shared:
                 log_untied(name, converted[id(linear)])
         model.set_submodule(name, converted[id(linear)])
+        del linear
+        trim_heap()
     record_config(model, config)
-    return model
 
 
 def linear_layers(model: nn.Module, config: GrinqhConfig, *, check: bool = True) -> dict[str, nn.Linear]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -10,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from grinqh import packing
 from grinqh.config import GrinqhConfig
@@ -20,12 +18,10 @@ from grinqh.memory import release_file_pages, trim_heap
 from grinqh.model import (
     Model,
     linear_layers,
-    log_untied,
     output_heads,
+    pack_linears,
     pack_weight,
     packed_layer,
-    record_config,
-    shared_weights,
 )
 from grinqh.packing import PackedTensors
 from grinqh.unconverted import check_unconverted
@@ -143,20 +139,10 @@ def pack_loaded(model: Model, config: GrinqhConfig, *, check: bool = True) -> Mo
     Raises:
         InputError: see `check`; experts (see `check_unconverted`), or a weight that cannot be packed.
     """
-    layers, shared = linear_layers(model, config, check=check), shared_weights(model)
+    layers = linear_layers(model, config, check=check)
     if check:
         check_unconverted(model, config)
     for name in _left(model, config, layers):
         del layers[name]
-    if config.fuse:
-        fuse_linears(model, config, layers)
-    for name in tqdm(list(layers), desc="quantize", unit="layer", file=sys.stderr, disable=None):
-        linear = layers.pop(name)
-        layer = packed_layer(name, linear, pack_weight(name, linear.weight, config), config, linear.weight.device)
-        model.set_submodule(name, layer)
-        if id(linear.weight) in shared:
-            log_untied(name, layer)
-        del linear
-        trim_heap()
-    record_config(model, config)
+    pack_linears(model, config, layers)
     return model

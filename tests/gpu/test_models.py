@@ -184,6 +184,16 @@ def test_the_commands_run_on_the_gpu(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert all(
         torch.equal(ours[name], theirs[name]) for name in ours if name.endswith(("row_scale", ".gain", ".error"))
     )
+    # With rotated heads that holds for all layers but v and o.
+    for device in ("cpu", "cuda"):
+        run("convert", source, tmp_path / device, "--calibration", text, "--device", device, "--force")
+    ours, theirs = (load_file(tmp_path / device / "model.safetensors") for device in ("cuda", "cpu"))
+    assert {name: tensor.shape for name, tensor in ours.items()} == {name: t.shape for name, t in theirs.items()}
+    assert all(
+        torch.equal(ours[name], theirs[name])
+        for name in ours
+        if name.endswith(("row_scale", ".gain", ".error")) and ".v_proj." not in name and ".o_proj." not in name
+    )
     for device in ("cuda:0", "auto"):
         answer = run("generate", tmp_path / "cuda", "It was", "--max-new-tokens", 4, "--device", device)
         assert answer["device"] == "cuda:0"

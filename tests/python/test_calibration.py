@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import calibrated, logits, tiny_model, token_ids
+from tiny_models import assert_unchanged, calibrated, logits, state, tiny_model, token_ids
 from torch import Tensor, nn
 
 import grinqh
@@ -42,15 +42,6 @@ class Unused(nn.Module):
 
 def quantized(config: GrinqhConfig | None = None) -> Any:
     return grinqh.quantize_model(tiny_model(), config)
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
-    for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
 
 
 def importances() -> tuple[Any, Tensor, Tensor]:

@@ -100,6 +100,18 @@ def test_a_resumed_conversion_packs_only_what_is_left_and_gives_the_same(
     assert (f"{after} layers were packed by an earlier run" in capsys.readouterr().err) == (after > 0)
 
 
+def test_rotated_heads_are_packed_anew_for_another_calibration_text(
+    source: Path, out: Path, tmp_path: Path, packed: list[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("It was the best of times. " * 40, encoding="utf-8")
+    expected = run(source, out.with_name("uninterrupted"), calibration=text)
+    interrupt(source, out, LAYERS - 1)
+    packed.clear()
+    assert_same(run(source, out, calibration=text), expected)
+    assert len(packed) == LAYERS
+
+
 def test_errors_of_the_machine_interrupt_too(source: Path, out: Path, packed: list[str]) -> None:
     interrupt(source, out, error=OSError)
     packed.clear()

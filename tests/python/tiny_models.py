@@ -121,3 +121,12 @@ def calibrated(model: Any | None = None, config: grinqh.GrinqhConfig | None = No
 def logits(model: Any, ids: Tensor | None = None) -> Tensor:
     with torch.no_grad():
         return model(token_ids(2, 9) if ids is None else ids).logits
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
