@@ -41,6 +41,14 @@ def packed_names(model: nn.Module) -> set[str]:
     return set(grinqh.packed_layers(model))
 
 
+def test_a_layer_of_two_names_is_packed_once() -> None:
+    model: Any = nn.Module()
+    model.first = model.second = nn.Linear(8, 12)
+    grinqh.quantize_model(model, progress=False)
+    assert isinstance(model.first, GrinqhLinear)
+    assert model.second is model.first
+
+
 @pytest.mark.parametrize("make", [tiny_model, qwen3])
 def test_every_linear_layer_but_the_head_is_converted(make: Any) -> None:
     model = make()
