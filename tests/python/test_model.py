@@ -41,14 +41,6 @@ def packed_names(model: nn.Module) -> set[str]:
     return set(grinqh.packed_layers(model))
 
 
-def test_a_layer_of_two_names_is_packed_once() -> None:
-    model: Any = nn.Module()
-    model.first = model.second = nn.Linear(8, 12)
-    grinqh.quantize_model(model, progress=False)
-    assert isinstance(model.first, GrinqhLinear)
-    assert model.second is model.first
-
-
 @pytest.mark.parametrize("make", [tiny_model, qwen3])
 def test_every_linear_layer_but_the_head_is_converted(make: Any) -> None:
     model = make()
@@ -85,6 +77,14 @@ def test_a_layer_with_two_names_stays_one_layer() -> None:
     grinqh.quantize_model(model)
     assert model["first"].up is model["again"].up
     assert len(packed_names(model)) == 4
+
+
+def test_a_layer_that_its_module_has_by_two_names_stays_one_layer() -> None:
+    model: Any = nn.Module()
+    model.first = model.second = nn.Linear(8, 12)
+    grinqh.quantize_model(model, progress=False)
+    assert isinstance(model.first, GrinqhLinear)
+    assert model.second is model.first
 
 
 def test_biases_and_devices_and_training_mode_are_kept() -> None:
