@@ -16,6 +16,10 @@
 // SUMS  warp: integers in registers -> block: integers in shared memory -> slice: float32 in `partial`
 //   -> the last block to arrive at a tile adds the slices in their order.
 //
+// SPLIT  Where a thread has too few registers for a whole tile's sums, two warps share the copies of a slab, and each
+//   multiplies the codes of its half of the outputs: of every 8 bytes of a run one warp's are the first 4 (layout.h).
+//   They meet at a barrier of their own before every slab.
+//
 // TURNS  Between the tiles of a block nothing waits: a warp adds its sums to shared memory and goes on; when it is done
 //   with the next tile, the other warps' sums of the one before are there, and it turns its share of those into
 //   `partial`. Arrivals wait until a warp has no more tiles.
@@ -108,11 +112,11 @@ __device__ __forceinline__ int slice_chunk(int round, int slice, int slices) {
 }
 
 // What a block keeps in shared memory; the list's length is known at launch only.
-template <int kRows, int kBlocks, int kWarps, int kStages>
+template <int kRows, int kBlocks, int kRings, int kStages>
 struct Shared {
   static constexpr int kCodeBytes = kSlab * 64;
   static constexpr int kStageBytes = kCodeBytes + kSlab * kBlocks * 2;
-  static constexpr int kRing = kWarps * kStages * kStageBytes;
+  static constexpr int kRing = kRings * kStages * kStageBytes;
   // int [groups][sum_buffers][rows][kSumsRow]. The lanes of a warp add to different blocks and
   // rows at once: the gaps between those send them to different banks.
   static constexpr int kSums = kRing;
@@ -186,11 +190,12 @@ struct alignas(16) Source {
   float unit;  // weight of a unit of its bits
 };
 
-// kAround: with a transform of x or a residual.
-template <bool kAround, int kRows, int kBlocks, bool kOneBit, int kWarps, int kStages>
+// kAround: with a transform of x or a residual. kSplit: warps that share slabs, each with its part of the outputs.
+template <bool kAround, int kRows, int kBlocks, bool kOneBit, int kWarps, int kStages, int kSplit>
 __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_constant__ GemvArgs a) {
-  using Layout = Shared<kRows, kBlocks, kWarps, kStages>;
-  using Column = Columns<kRows, kBlocks>;
+  using Layout = Shared<kRows, kBlocks, kWarps / kSplit, kStages>;
+  constexpr int kMyBlocks = kBlocks / kSplit;
+  using Column = Columns<kRows, kMyBlocks>;
   constexpr int kSubs = kOneBit ? kMaxSubplanes : 4;  // without 1-bit planes there are at most 4
   extern __shared__ __align__(128) std::uint8_t shared[];
   __shared__ int count[kSubs];
@@ -204,6 +209,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
   const int slice = blockIdx.x, first_row = blockIdx.z * kRows, rows = min(kRows, a.m - first_row);
   const int k_warps = 1 << a.k_warp_bits, groups = kWarps >> a.k_warp_bits;
   const int group = warp >> a.k_warp_bits, k_warp = warp & (k_warps - 1);
+  const int part_of_outputs = warp % kSplit, ring = warp / kSplit;  // warps of one ring share its slabs
+  const int k_ring = k_warp / kSplit, k_rings = k_warps / kSplit;   // among those of the tile
   int section = 0;
 #pragma unroll
   for (int s = 1; s < kMaxSections; ++s)
@@ -296,7 +303,9 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
     return input;
   };
   float bound[kRows], factor[kRows], norm[kRows];
-  Input next = read_input(channel);
+  constexpr bool kAhead = kRows < 8;  // registers allow it to ask for the next round's x early
+  Input next{};
+  if constexpr (kAhead) next = read_input(channel);
 #pragma unroll
   for (int m = 0; m < kRows; ++m) {
     bound[m] = 0;
@@ -328,10 +337,10 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
 #pragma unroll 1
   for (int round = warp; round * a.slices < a.chunks; round += kWarps) {
     const Channel c = channel;
-    const Input input = next;
+    const Input input = kAhead ? next : read_input(channel);
     float x[kRows];
     channel = next_channel;
-    next = read_input(channel);
+    if constexpr (kAhead) next = read_input(channel);
     if constexpr (kMostSliceChunks > 2 * kWarps) next_channel = read_channel(round + 2 * kWarps);
 #pragma unroll
     for (int m = 0; m < kRows; ++m) {
@@ -391,8 +400,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
   }
   __syncthreads();
 
-  // The slabs of a tile, numbered through its subplanes. A warp takes every k_warps-th, and goes on
-  // counting from tile to tile, so that the warps of a group get equal shares.
+  // The slabs of a tile, numbered through its subplanes. A ring takes every k_rings-th, and goes on
+  // counting from tile to tile, so that the rings of a group get equal shares.
   int end[kSubs];
 #pragma unroll
   for (int s = 0; s < kSubs; ++s) end[s] = (s ? end[s - 1] : 0) + (count[s] + kSlab - 1) / kSlab;
@@ -410,17 +419,21 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
     found.at = found.at * kSlab + found.sub * a.slice_channels;
     return found;
   };
-  std::uint8_t* ring = shared + warp * kStages * Layout::kStageBytes;
 
-  // Starts the copies of this warp's next slab: its runs and its channels' block scales. Entry e of the list goes to
-  // row_of(e), so that the four channels of a lane's operand are neighbours in the list; a run's 16-byte parts are
-  // swizzled so that reading them has no bank conflicts.
+  // Starts the copies of this ring's next slab, or this warp's part of them: its runs and its channels' block scales.
+  // Entry e of the list goes to row_of(e), so that the four channels of a lane's operand are neighbours in the list; a
+  // run's 16-byte parts are swizzled so that reading them has no bank conflicts.
   const auto row_of = [](int entry) { return entry / 16 * 16 + entry % 4 * 4 + entry / 4 % 4; };  // its own inverse
-  const std::uint32_t ring_at = ptx::shared_address(ring), entries_at = ptx::shared_address(entries);
-  const std::uint32_t run_to = ptx::kept(ring_at + row_of(4 * g) * 64 + (t ^ (g / 2 % 2 * 2)) * 16);
+  const std::uint32_t ring_at = ptx::shared_address(shared) + ring * kStages * Layout::kStageBytes,
+                      entries_at = ptx::shared_address(entries);
+  constexpr int kCopied = 4 / kSplit;  // channels of four
+  const int first_copied = part_of_outputs * kCopied;
+  const std::uint32_t run_to =
+      ptx::kept(ring_at + (row_of(4 * g) + 4 * first_copied) * 64 + (t ^ (g / 2 % 2 * 2)) * 16);
   const std::uint32_t scale_to = ptx::kept(ring_at + Layout::kCodeBytes + row_of(lane) * 2 * kBlocks);
-  const std::uint32_t list_at = ptx::kept(entries_at + g * 16);
-  int load_tile = slabs ? first_tile : end_tile, load_slab = k_warp;
+  std::uint32_t list_at = entries_at + g * 16 + first_copied * 4;
+  if constexpr (kSplit == 1) list_at = ptx::kept(list_at);  // the others have no register to spare
+  int load_tile = slabs ? first_tile : end_tile, load_slab = k_ring;
   const auto load = [&](std::uint32_t stage_at) {
     Slab slab{};
     while (load_slab >= slabs && load_tile < end_tile) {
@@ -435,24 +448,32 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
       const std::uint8_t* scales = ptx::at(a.scale, load_tile, static_cast<std::uint32_t>(a.k) * (2 * kBlocks));
       std::uint32_t mine;  // the channel of entry `lane`
       if (!kOneBit || !(a.one_bit >> slab.sub & 1)) {
-        const uint4 channels = ptx::load_shared4(list_at + slab.at * 4);
-        const std::uint32_t channel[4] = {channels.x, channels.y, channels.z, channels.w};
+        std::uint32_t channel[kCopied];
+        if constexpr (kSplit == 1) {
+          const uint4 channels = ptx::load_shared4(list_at + slab.at * 4);
+          channel[0] = channels.x, channel[1] = channels.y, channel[2] = channels.z, channel[3] = channels.w;
+          mine = t < 2 ? (t == 0 ? channels.x : channels.y) : (t == 2 ? channels.z : channels.w);
+        } else {
+          const uint2 channels = ptx::load_shared2(list_at + slab.at * 4);
+          channel[0] = channels.x, channel[1] = channels.y;
+          mine = t % 2 ? channels.y : channels.x;
+        }
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
+        for (int i = 0; i < kCopied; ++i)
           ptx::copy_async<16>(run_to + stage_at + i * 256, ptx::at(runs + t * 16, channel[i], 64));
-        mine = t < 2 ? (t == 0 ? channels.x : channels.y) : (t == 2 ? channels.z : channels.w);
       } else {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int row = lane / 2 + 16 * i;
+        for (int i = 0; i < 2 / kSplit; ++i) {
+          const int row = lane / 2 + 16 * (i + part_of_outputs);
           ptx::copy_async<16>(
               ring_at + stage_at + row * 32 + lane % 2 * 16,
               ptx::at(runs + lane % 2 * 16, ptx::load_shared(entries_at + (slab.at + row_of(row)) * 4), 32));
         }
         mine = ptx::load_shared(entries_at + (slab.at + lane) * 4);
       }
-      ptx::copy_async<2 * kBlocks>(scale_to + stage_at, ptx::at(scales, mine, 2 * kBlocks));
-      load_slab += k_warps;
+      if (kSplit == 1 || t / kCopied == part_of_outputs)
+        ptx::copy_async<2 * kBlocks>(scale_to + stage_at, ptx::at(scales, mine, 2 * kBlocks));
+      load_slab += k_rings;
     }
     ptx::commit_copies();
     return slab;
@@ -488,8 +509,10 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
   }
   const std::uint32_t pick = g % 2 ? 0x51 : 0x40, flip = g % 2 ? 0 : 0x80808080u;
   const std::uint32_t my_values = ptx::kept(ptx::shared_address(values + my_row * a.capacity + t * 4));
-  const std::uint32_t my_codes = ptx::kept(ring_at + t * 64 + ((g / 2) ^ (t / 2 * 2)) * 16 + g % 2 * 8);
-  const std::uint32_t my_scales = ptx::kept(ring_at + Layout::kCodeBytes + (t * kBlocks + my_block) * 2);
+  const std::uint32_t my_codes =
+      ptx::kept(ring_at + t * 64 + ((g / 2) ^ (t / 2 * 2)) * 16 + g % 2 * 8 + part_of_outputs * 4);
+  const std::uint32_t my_scales =
+      ptx::kept(ring_at + Layout::kCodeBytes + (t * kBlocks + part_of_outputs * kMyBlocks + my_block) * 2);
 
   std::uint32_t stage_at = 0,
                 free_at = (kStages - 1) * Layout::kStageBytes;  // the slab's stage; that of the one before
@@ -534,17 +557,21 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
     }
   };
 
-  int slab = k_warp, turn = 0;
+  int slab = k_ring, turn = 0;
 #pragma unroll 1
   for (int tile = first_tile;;) {
     const bool over = tile >= end_tile;
     if (!over) {
 #pragma unroll 1
-      for (; slab < slabs; slab += k_warps) {
+      for (; slab < slabs; slab += k_rings) {
         const Slab now = ahead[0];
         const bool is_two = !kOneBit || !(a.one_bit >> now.sub & 1);
         ptx::wait_copies<kStages - 2>();
-        __syncwarp();
+        if constexpr (kSplit == 1) {
+          __syncwarp();
+        } else {
+          ptx::barrier(1 + ring, kSplit * 32);
+        }
 
         // Code bits of this lane's 8 channels.
         std::uint32_t first[2][4], second[2][4];
@@ -552,7 +579,9 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
         for (int h = 0; h < 2; ++h) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            if (is_two) {
+            if (kSplit == 2 && is_two) {
+              first[h][i] = ptx::load_shared(my_codes + stage_at + (h * 16 + i * 4) * 64);
+            } else if (is_two) {
               const uint2 v = ptx::load_shared2(my_codes + stage_at + (h * 16 + i * 4) * 64);
               first[h][i] = v.x;
               second[h][i] = v.y;
@@ -569,18 +598,18 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const std::uint32_t from = my_scales + stage_at + (h * 16 + i * 4) * kBlocks * 2;
-            if constexpr (Column::kBlocksEach == 1) {
-              // Every lane needs all blocks of its channels: one wide load.
-              std::uint32_t wide[kBlocks / 2];
-              if constexpr (kBlocks == 2) {
+            if constexpr (Column::kBlocksEach == 1 && kMyBlocks > 1) {
+              // Every lane needs all of the warp's blocks of its channels: one wide load.
+              std::uint32_t wide[kMyBlocks / 2];
+              if constexpr (kMyBlocks == 2) {
                 wide[0] = ptx::load_shared(from);
-              } else if constexpr (kBlocks == 4) {
+              } else if constexpr (kMyBlocks == 4) {
                 *reinterpret_cast<uint2*>(wide) = ptx::load_shared2(from);
               } else {
                 *reinterpret_cast<uint4*>(wide) = ptx::load_shared4(from);
               }
 #pragma unroll
-              for (int f = 0; f < kBlocks; ++f)
+              for (int f = 0; f < kMyBlocks; ++f)
                 scale[i][f] = __half2float(__ushort_as_half(static_cast<std::uint16_t>(wide[f / 2] >> (f % 2 * 16))));
             } else {
 #pragma unroll
@@ -615,12 +644,12 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
         // block save the last one: a tile's sum is the difference from the one before.
         constexpr int kNested = kTilesEach < 4 ? kTilesEach : 4;
 #pragma unroll
-        for (int p = 0; p < 4; ++p) {
+        for (int p = 0; p < 4 / kSplit; ++p) {
           std::uint32_t code[4];  // rows g and g + 8, channels of h = 0 and of h = 1
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             const auto& w = is_two && p >= 2 ? second[h] : first[h];
-            const bool upper = is_two ? p % 2 : p / 2;  // bytes 2, 3 or 0, 1
+            const bool upper = is_two ? p % 2 : (kSplit == 1 ? p / 2 : part_of_outputs);  // bytes 2, 3 or 0, 1
             const std::uint32_t ab = __byte_perm(w[0], w[1], upper ? 0x7362 : 0x5140);
             const std::uint32_t cd = __byte_perm(w[2], w[3], upper ? 0x7362 : 0x5140);
             const int shift = is_two ? 0 : p % 2;
@@ -671,7 +700,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
             before[e] = kept[e];
           }
           if (pair_block < Column::kBlocksEach) {
-            const int i = (f * Column::kBlocksEach + pair_block) * kTilesEach + j;
+            const int i = (part_of_outputs * kMyBlocks + f * Column::kBlocksEach + pair_block) * kTilesEach + j;
             int* to = &sums[turn % 2 * Layout::kTurn + (part * Column::kRowsEach + pair_row) * Layout::kSumsRow +
                             Layout::sum_of(16 * i) + g];
             const int down = 2 * (i % 4);
@@ -779,25 +808,26 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
 }
 
 // Whether the plan allows for what an instance keeps in shared memory, beside 1 KB for its own variables.
-template <int kRows, int kBlocks, int kWarps, int kStages>
+template <int kRows, int kBlocks, int kWarps, int kStages, int kSplit>
 constexpr bool plan_allows_for_it() {
-  for (int k_warps = 1; k_warps <= kWarps; k_warps *= 2) {
+  for (int k_warps = kSplit; k_warps <= kWarps; k_warps *= 2) {
     for (int turns = 1; turns <= 2; ++turns) {
       const int sums = kWarps / k_warps * sum_buffers(turns);
-      const int kept = Shared<kRows, kBlocks, kWarps, kStages>::total(sums, kSlab * kMaxSubplanes);
-      const int planned = plan_detail::shared_bytes({kRows, kWarps, kStages}, k_warps, turns, kMaxSubplanes, 1);
+      const int kept = Shared<kRows, kBlocks, kWarps / kSplit, kStages>::total(sums, kSlab * kMaxSubplanes);
+      const int planned = plan_detail::shared_bytes({kRows, kWarps, kStages, kSplit}, kTile / kBlocks, k_warps, turns,
+                                                    kMaxSubplanes, 1);
       if (kept + 1024 > planned) return false;
     }
   }
   return true;
 }
 
-template <bool kAround, int kRows, int kBlocks, bool kOneBit, int kWarps, int kStages>
+template <bool kAround, int kRows, int kBlocks, bool kOneBit, int kWarps, int kStages, int kSplit>
 Status launch(const GemvArgs& a, cudaStream_t stream) {
-  static_assert(plan_allows_for_it<kRows, kBlocks, kWarps, kStages>());
-  const auto kernel = gemv_kernel<kAround, kRows, kBlocks, kOneBit, kWarps, kStages>;
+  static_assert(plan_allows_for_it<kRows, kBlocks, kWarps, kStages, kSplit>());
+  const auto kernel = gemv_kernel<kAround, kRows, kBlocks, kOneBit, kWarps, kStages, kSplit>;
   const int bytes =
-      Shared<kRows, kBlocks, kWarps, kStages>::total((kWarps >> a.k_warp_bits) * a.sum_buffers, a.capacity);
+      Shared<kRows, kBlocks, kWarps / kSplit, kStages>::total((kWarps >> a.k_warp_bits) * a.sum_buffers, a.capacity);
   static std::atomic<std::uint64_t> prepared[4];  // a bit for each device
   int device = 0;
   cudaError_t failure = cudaGetDevice(&device);
@@ -833,7 +863,7 @@ Status launch(const GemvArgs& a, cudaStream_t stream) {
 template <bool kAround, int kRows, int kBlocks, bool kOneBit, bool kLarge>
 Status launch_instance(const GemvArgs& a, cudaStream_t stream) {
   constexpr GemvInstance instance = gemv_instance(kRows, kOneBit, kLarge);
-  return launch<kAround, kRows, kBlocks, kOneBit, instance.warps, instance.stages>(a, stream);
+  return launch<kAround, kRows, kBlocks, kOneBit, instance.warps, instance.stages, instance.split>(a, stream);
 }
 
 template <bool kAround, int kRows, int kBlocks, bool kOneBit>

@@ -35,6 +35,7 @@ struct GemvShape {
   int subplanes = 4;
   bool one_bit = false;  // a plane has 1 bit
   Sections sections = {};
+  int block = 64;  // outputs that share a scale
   bool operator==(const GemvShape&) const = default;
 };
 
@@ -48,17 +49,19 @@ struct Gpu {
 // A group adds up the next tile's sums beside those of the one before.
 constexpr int sum_buffers(int turns) { return turns > 1 ? 2 : 1; }
 
-// One kernel instance: rows it takes at once, warps of a block, copies in flight. 16 warps leave each
-// thread 128 registers, which one row without 1-bit planes can live with.
+// One kernel instance: rows it takes at once, warps of a block, copies in flight, warps that split a tile's outputs.
+// 16 warps leave each thread 128 registers: enough for the sums of one row without 1-bit planes, or of half the
+// outputs.
 struct GemvInstance {
-  int rows, warps, stages;
+  int rows, warps, stages, split;
+  constexpr int rings() const { return warps / split; }  // of slabs
 };
 constexpr GemvInstance gemv_instance(std::int64_t m, bool one_bit, bool large) {
   const int most = large ? 8 : 4;
   const int rows = m == 1 ? 1 : m == 2 ? 2 : m <= 4 || most == 4 ? 4 : 8;
-  if (!large) return {rows, 8, 2};
-  if (rows == 8) return {rows, 8, 2};
-  return rows == 1 && !one_bit ? GemvInstance{1, 16, 3} : GemvInstance{rows, 8, 4};
+  if (!large) return {rows, 8, 2, 1};
+  if (rows == 8) return one_bit ? GemvInstance{rows, 8, 2, 1} : GemvInstance{rows, 16, 3, 2};
+  return rows <= 2 && !one_bit ? GemvInstance{rows, 16, 3, 1} : GemvInstance{rows, 16, 4, 2};
 }
 
 inline constexpr int kMostSliceChunks = 32;      // of kSlab channels, in one slice
@@ -81,12 +84,13 @@ inline TileRange section_tiles(const Sections& sections, int section, std::int64
 namespace plan_detail {
 
 inline constexpr int kLargeShared = 200 * 1024;  // A100, H100, B200; 99 KB elsewhere
-inline constexpr int kStageBytes = kSlab * (run_bytes(2) + 16);
+constexpr int stage_bytes(int block) { return kSlab * (run_bytes(2) + 2 * blocks_per_tile(block)); }
 
 // The shared memory that an instance needs: copies in flight, sums of the groups, and for each channel and subplane an
 // entry of a list with a value for each row.
-constexpr int shared_bytes(const GemvInstance& instance, int k_warps, int turns, int subplanes, int slice_chunks) {
-  return instance.warps * instance.stages * kStageBytes +
+constexpr int shared_bytes(const GemvInstance& instance, int block, int k_warps, int turns, int subplanes,
+                           int slice_chunks) {
+  return instance.rings() * instance.stages * stage_bytes(block) +
          sum_buffers(turns) * (instance.warps / k_warps) * instance.rows * kMostSumsRow * 4 +
          slice_chunks * kSlab * subplanes * 4 * (1 + instance.rows) + 2048;
 }
@@ -97,7 +101,8 @@ constexpr int most_slice_chunks(const GemvShape& shape, const Gpu& gpu) {
   int chunks = kMostSliceChunks;
   for (int m = 1; m <= 8; m *= 2) {
     const GemvInstance instance = gemv_instance(m, shape.one_bit, large);
-    while (chunks > 1 && shared_bytes(instance, instance.warps, 2, shape.subplanes, chunks) > gpu.shared_bytes)
+    while (chunks > 1 &&
+           shared_bytes(instance, shape.block, instance.warps, 2, shape.subplanes, chunks) > gpu.shared_bytes)
       --chunks;
   }
   return chunks;
@@ -149,12 +154,14 @@ inline Cut best_with_slices(const GemvShape& shape, const Gpu& gpu, int slices, 
       turns = std::max(turns, (wanted[s] + plan.section_columns[s] - 1) / plan.section_columns[s]);
     }
     plan.turns = static_cast<int>(turns);
-    if (shared_bytes(instance, k_warps, plan.turns, shape.subplanes, slice_chunks) > gpu.shared_bytes) continue;
+    if (shared_bytes(instance, shape.block, k_warps, plan.turns, shape.subplanes, slice_chunks) > gpu.shared_bytes)
+      continue;
     // One tile's results are soon written by few warps, those of many tiles by all.
     plan.sharers = turns > 1 ? k_warps : std::min(k_warps, 2 * instance.rows);
     const double bytes = plan.turns * groups * slice_chunks * kSlab * kPerChannelTile * (1 + groups * kSlowedByGroup);
     const int slabs = plan.turns * (3 * slice_chunks + 4) / 2;  // at 3 read bits; each list ends within a slab
-    const double cost = fixed + bytes + (slabs + k_warps - 1) / k_warps * warps * kPerSlab +
+    const int rings = k_warps / instance.split;
+    const double cost = fixed + bytes + (slabs + rings - 1) / rings * instance.rings() * kPerSlab +
                         (plan.turns - 1) * (kPerTurn + instance.rows * kPerTurnRow);
     if (cost < best.cost) best = {plan, cost};
   }
@@ -179,7 +186,7 @@ inline GemvPlan plan_gemv(const GemvShape& shape, const Gpu& gpu) {
   }
   GemvPlan plan = shape.m == 1 ? best.plan : cut(best.plan.slices, shape.m).plan;
   plan.slots = tile_count(shape.n) + shape.sections.count - 1;
-  plan.prefetch_slabs = 2;
+  plan.prefetch_slabs = 2 / gemv_instance(shape.m, shape.one_bit, large).split;
   plan.large = large;
   return plan;
 }

@@ -75,7 +75,7 @@ cuda::GemvPlan plan_for(const cuda::GemvShape& shape, const cuda::Gpu& gpu) {
 }
 
 cuda::GemvShape shape_of(const PackedWeight& weight, const Sections& sections, int64_t m) {
-  cuda::GemvShape shape{weight.n, weight.k, m, 0, false, sections};
+  cuda::GemvShape shape{weight.n, weight.k, m, 0, false, sections, static_cast<int>(weight.block)};
   for (int p = 0; p < weight.widths.count; ++p) {
     shape.subplanes += cuda::sub_count(weight.widths.width[p]);
     shape.one_bit = shape.one_bit || weight.widths.width[p] == 1;

@@ -69,7 +69,7 @@ TEST_P(PlanOfShape, FitsSharedMemoryAndCoversTheTiles) {
         const GemvPlan plan = plan_gemv({n, k, m, subplanes, one_bit}, gpu);
         const GemvInstance instance = gemv_instance(m, one_bit, plan.large);
         const int chunks = (k + kSlab - 1) / kSlab, slice_chunks = (chunks + plan.slices - 1) / plan.slices;
-        EXPECT_LE(plan_detail::shared_bytes(instance, plan.k_warps, plan.turns, subplanes, slice_chunks),
+        EXPECT_LE(plan_detail::shared_bytes(instance, 64, plan.k_warps, plan.turns, subplanes, slice_chunks),
                   gpu.shared_bytes);
         EXPECT_EQ(instance.warps % plan.k_warps, 0);
         EXPECT_GE(plan.k_warps, 2);
@@ -116,8 +116,9 @@ TEST(Plan, OneTurnNeedsNoSecondBufferOfSums) {
   EXPECT_EQ(sum_buffers(1), 1);
   EXPECT_EQ(sum_buffers(2), 2);
   const GemvInstance eight = gemv_instance(8, false, true);
-  const int second = plan_detail::shared_bytes(eight, 2, 2, 4, 15) - plan_detail::shared_bytes(eight, 2, 1, 4, 15);
-  EXPECT_EQ(second, 4 * 8 * kMostSumsRow * 4);
+  const int second =
+      plan_detail::shared_bytes(eight, 64, 2, 2, 4, 15) - plan_detail::shared_bytes(eight, 64, 2, 1, 4, 15);
+  EXPECT_EQ(second, eight.warps / 2 * 8 * kMostSumsRow * 4);
 }
 
 TEST(Plan, EverySectionHasColumnsAndNoTwoShareATileSlot) {
