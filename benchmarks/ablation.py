@@ -97,8 +97,10 @@ VARIANTS = (
     Variant("blocks of 32", {"block": 32}),
     Variant("blocks of 128", {"block": 128}),
     Variant("q, k, v as one layer, gate and up as one", {"fuse": True}),
-    Variant("4 stored bits", {"stored_bits": 4.0}),
-    Variant("4 stored bits, low planes cut off", {"stored_bits": 4.0}, compensate=False),
+    # As `grinqh convert` does it, which rotates no heads where fewer bits are stored.
+    Variant("4 stored bits", {"stored_bits": 4.0}, rotate_heads=False),
+    Variant("4 stored bits, low planes cut off", {"stored_bits": 4.0}, compensate=False, rotate_heads=False),
+    Variant("4 stored bits, heads rotated", {"stored_bits": 4.0}),
     Variant("exact budget for every token", exact=True),
     Variant("first token of a window in full", in_full=1),
     Variant("first 4 tokens of a window in full", in_full=4),

@@ -50,8 +50,8 @@ struct Gpu {
 constexpr int sum_buffers(int turns) { return turns > 1 ? 2 : 1; }
 
 // One kernel instance: rows it takes at once, warps of a block, copies in flight, warps that split a tile's outputs.
-// 16 warps leave each thread 128 registers: enough for the sums of one row without 1-bit planes, or of half the
-// outputs.
+// 16 warps leave each thread 128 registers: enough for the sums of two rows without 1-bit planes, or of half the
+// outputs. What is fastest was measured (docs/kernel-notes.md).
 struct GemvInstance {
   int rows, warps, stages, split;
   constexpr int rings() const { return warps / split; }  // of slabs
@@ -60,8 +60,9 @@ constexpr GemvInstance gemv_instance(std::int64_t m, bool one_bit, bool large) {
   const int most = large ? 8 : 4;
   const int rows = m == 1 ? 1 : m == 2 ? 2 : m <= 4 || most == 4 ? 4 : 8;
   if (!large) return {rows, 8, 2, 1};
-  if (rows == 8) return one_bit ? GemvInstance{rows, 8, 2, 1} : GemvInstance{rows, 16, 3, 2};
-  return rows <= 2 && !one_bit ? GemvInstance{rows, 16, 3, 1} : GemvInstance{rows, 16, 4, 2};
+  if (one_bit && (rows == 1 || rows == 8)) return {rows, 8, rows == 1 ? 4 : 2, 1};
+  if (!one_bit && rows <= 2) return {rows, 16, 3, 1};
+  return {rows, 16, rows == 8 ? 3 : 4, 2};
 }
 
 inline constexpr int kMostSliceChunks = 32;      // of kSlab channels, in one slice
