@@ -27,7 +27,7 @@ import torch
 from common import ROOT, stamp, write_json
 from decode_methods import METHODS, Method
 from decode_models import CONFIGS, MODELS, build_model
-from decode_report import LISTS, together, write_report
+from decode_report import LISTS, write_report
 from replay import Replay, median_milliseconds
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -302,7 +302,7 @@ def main() -> None:
     options = parse_arguments()
     if options.report:
         runs = [json.loads(path.read_text(encoding="utf-8")) for path in options.report]
-        write_report(together(runs), ROOT)
+        write_report(runs, ROOT)
     else:
         run(options)
 

@@ -24,6 +24,12 @@ def together(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return first | {kind: [row for run in runs for row in run[kind]] for kind in LISTS}
 
 
+def by_gpu(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs of each kind of GPU together, in the order of their first."""
+    kinds = dict.fromkeys(run["gpu"] for run in runs)
+    return [together([run for run in runs if run["gpu"] == gpu]) for gpu in kinds]
+
+
 def setting(row: dict[str, Any]) -> str:
     """Method and, where there are several, setting of the dial, as a table's first cell says it."""
     dial = f", {row['bits']:g} bits" if row["method"].startswith("grinqh") else ""
@@ -83,7 +89,7 @@ def prefill_table(prefill: Rows, memory: Rows) -> str:
 
 
 def tables(results: dict[str, Any]) -> str:
-    """All tables, model by model."""
+    """All tables of one kind of GPU, model by model."""
     version = results["versions"]
     parts = [
         f"{results['gpu']}; torch {version['torch']}, transformers {version['transformers']}, Python "
@@ -92,7 +98,7 @@ def tables(results: dict[str, Any]) -> str:
     ]
     for model in models(results):
         parts += [
-            f"### {model}",
+            f"### {model}, {results['gpu']}",
             decode_table(of_model(results, "decode", model)),
             parts_table(of_model(results, "parts", model)),
             prefill_table(of_model(results, "prefill", model), of_model(results, "memory", model)),
@@ -148,16 +154,20 @@ def plot(results: dict[str, Any], to: Path) -> None:
     plt.close(figure)
 
 
-def write_report(results: dict[str, Any], root: Path) -> None:
+def write_report(runs: Sequence[dict[str, Any]], root: Path) -> None:
     """Replaces the generated parts of docs/decode.md and README.md and draws docs/decode.png.
 
+    The document has the runs of every kind of GPU, README.md and the picture those of the first.
+
     Raises:
-        ValueError: the models were not of full size.
+        ValueError: the models were not of full size, or runs of one kind of GPU differ in more than what they timed.
     """
     docs = root / "docs"
-    if results["tiny"] or results["layers"]:
+    if any(run["tiny"] or run["layers"] for run in runs):
         raise ValueError("the documentation shows models of full size, these results are of smaller ones")
-    replace_between_markers(docs / "decode.md", "decode-tables", tables(results))
-    gpu = f"{results['gpu']}, commit {results['commit']}, {results['date']}."
-    replace_between_markers(root / "README.md", "decode-table", f"{summary_table(results)}\n\n{gpu}")
-    plot(results, docs / "decode.png")
+    gpus = by_gpu(runs)
+    replace_between_markers(docs / "decode.md", "decode-tables", "\n\n".join(map(tables, gpus)))
+    first = gpus[0]
+    gpu = f"{first['gpu']}, commit {first['commit']}, {first['date']}."
+    replace_between_markers(root / "README.md", "decode-table", f"{summary_table(first)}\n\n{gpu}")
+    plot(first, docs / "decode.png")

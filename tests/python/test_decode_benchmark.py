@@ -240,11 +240,14 @@ def test_the_report_fills_the_page_and_draws_the_picture(modules: dict[str, Any]
     (tmp_path / "docs").mkdir()
     for page in ("docs/decode.md", "README.md"):
         shutil.copy(BENCHMARKS.parent / page, tmp_path / page)
-    modules["decode_report"].write_report(handmade(), tmp_path)
-    assert "250 (2.50x)" in (tmp_path / "docs/decode.md").read_text(encoding="utf-8")
+    elsewhere = handmade() | {"gpu": "another", "decode": [decode_row("float16", 16, 1, 77)]}
+    modules["decode_report"].write_report([handmade(), elsewhere], tmp_path)
+    page = (tmp_path / "docs/decode.md").read_text(encoding="utf-8")
+    assert "250 (2.50x)" in page
+    assert page.index("### llama3-8b, a GPU") < page.index("### llama3-8b, another") < page.index("77 (1.00x)")
     summary = (tmp_path / "README.md").read_text(encoding="utf-8")
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in summary.splitlines()]
     assert ["llama3-8b, grinqh, 3 bits, compiled", "3.01", "300", "2.50x"] in [line[:4] for line in cells]
     assert (tmp_path / "docs/decode.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="full size"):
-        modules["decode_report"].write_report(handmade() | {"layers": 2}, tmp_path)
+        modules["decode_report"].write_report([handmade(), handmade() | {"layers": 2}], tmp_path)
