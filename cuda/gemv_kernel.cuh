@@ -194,6 +194,7 @@ struct alignas(16) Source {
 template <bool kAround, int kRows, int kBlocks, bool kOneBit, int kWarps, int kStages, int kSplit>
 __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_constant__ GemvArgs a) {
   using Layout = Shared<kRows, kBlocks, kWarps / kSplit, kStages>;
+  static_assert(kSplit == 1 || (kSplit == 2 && kWarps / kSplit < 16));  // barriers: one for each ring and the block's
   constexpr int kMyBlocks = kBlocks / kSplit;
   using Column = Columns<kRows, kMyBlocks>;
   constexpr int kSubs = kOneBit ? kMaxSubplanes : 4;  // without 1-bit planes there are at most 4

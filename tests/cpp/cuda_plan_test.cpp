@@ -52,9 +52,11 @@ TEST_P(PlanOfShape, SlicesDoNotDependOnTheRows) {
   for (const Gpu& gpu : {kH100, kSmall}) {
     for (const bool one_bit : {false, true}) {
       const int subplanes = one_bit ? 8 : 4;
-      const GemvPlan alone = plan_gemv({n, k, 1, subplanes, one_bit}, gpu);
-      for (const int m : {2, 3, 4, 5, 8, 16}) {
-        EXPECT_EQ(plan_gemv({n, k, m, subplanes, one_bit}, gpu).slices, alone.slices);
+      for (const int block : {32, 64, 128}) {
+        const GemvPlan alone = plan_gemv({n, k, 1, subplanes, one_bit, {}, block}, gpu);
+        for (const int m : {2, 3, 4, 5, 8, 16}) {
+          EXPECT_EQ(plan_gemv({n, k, m, subplanes, one_bit, {}, block}, gpu).slices, alone.slices);
+        }
       }
     }
   }
@@ -64,15 +66,16 @@ TEST_P(PlanOfShape, FitsSharedMemoryAndCoversTheTiles) {
   const auto [n, k] = GetParam();
   for (const Gpu& gpu : {kH100, kSmall}) {
     for (const int subplanes : {1, 4, 5, 8}) {
-      for (const int m : {1, 2, 4, 8}) {
+      for (const auto& [m, block] : {std::pair{1, 32}, {1, 64}, {2, 64}, {4, 128}, {8, 32}, {8, 64}, {8, 128}}) {
         const bool one_bit = subplanes > 4;
-        const GemvPlan plan = plan_gemv({n, k, m, subplanes, one_bit}, gpu);
+        const GemvPlan plan = plan_gemv({n, k, m, subplanes, one_bit, {}, block}, gpu);
         const GemvInstance instance = gemv_instance(m, one_bit, plan.large);
         const int chunks = (k + kSlab - 1) / kSlab, slice_chunks = (chunks + plan.slices - 1) / plan.slices;
-        EXPECT_LE(plan_detail::shared_bytes(instance, 64, plan.k_warps, plan.turns, subplanes, slice_chunks),
+        EXPECT_LE(plan_detail::shared_bytes(instance, block, plan.k_warps, plan.turns, subplanes, slice_chunks),
                   gpu.shared_bytes);
         EXPECT_EQ(instance.warps % plan.k_warps, 0);
         EXPECT_GE(plan.k_warps, 2);
+        EXPECT_EQ(plan.k_warps % instance.split, 0);  // warps that split a slab work on one tile
         const std::int64_t groups = std::int64_t{instance.warps / plan.k_warps} * plan.columns;
         EXPECT_GE(plan.turns * groups, tile_count(n));
         EXPECT_LT((plan.turns - 1) * groups, tile_count(n));
@@ -89,6 +92,15 @@ INSTANTIATE_TEST_SUITE_P(Shapes, PlanOfShape,
                          testing::Values(std::tuple{1, 1}, std::tuple{576, 576}, std::tuple{4096, 4096},
                                          std::tuple{28672, 4096}, std::tuple{4096, 14336}, std::tuple{57344, 8192},
                                          std::tuple{8192, 28672}, std::tuple{300, 100000}));
+
+TEST(Plan, ABlockOfOutputsHasAScaleForEachChannelInFlight) {
+  const GemvInstance one = gemv_instance(1, false, true), eight = gemv_instance(8, false, true);
+  const auto bytes = [](const GemvInstance& instance, int block) {
+    return plan_detail::shared_bytes(instance, block, instance.warps, 1, 4, 16);
+  };
+  EXPECT_EQ(bytes(one, 32) - bytes(one, 64), one.warps * one.stages * kSlab * 4 * 2);
+  EXPECT_EQ(bytes(eight, 64) - bytes(eight, 128), eight.warps / 2 * eight.stages * kSlab * 2 * 2);  // two share slabs
+}
 
 TEST(Plan, WorkspaceCountsEverySharerOfATileInEveryLayer) {
   GemvPlan plan;
