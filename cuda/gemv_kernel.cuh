@@ -304,7 +304,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
     return input;
   };
   float bound[kRows], factor[kRows], norm[kRows];
-  constexpr bool kAhead = kRows < 8;  // registers allow it to ask for the next round's x early
+  // Whether registers allow it to ask for the next round's x early.
+  constexpr bool kAhead = kRows < 8 && !(kAround && kOneBit && kSplit == 2);
   Input next{};
   if constexpr (kAhead) next = read_input(channel);
 #pragma unroll
@@ -726,7 +727,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
             &sums[(turn - 1) % 2 * Layout::kTurn + m * Layout::kSumsRow + Layout::sum_of(i % kTile)]);
         const int4 whole = *sums_at;
         *sums_at = int4{};
-        const float unit = __uint_as_float(bound_bits[m]) * (0.5f / kLargest * first_unit);
+        const float unit = __uint_as_float(bound_bits[m]) * (0.5f / kLargest * source[0].unit);
         float4 part{unit * whole.x, unit * whole.y, unit * whole.z, unit * whole.w};
         if (nonfinite >> m & 1) {
           const int output = before * kTile + i % kTile, row = first_row + m;
