@@ -28,7 +28,7 @@ def test_agrees_with_the_cpu_for_every_dtype_and_number_of_rows(dtype: torch.dty
 
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
 @pytest.mark.parametrize("block", [32, 64, 128])
-@pytest.mark.parametrize("rows", [1, 2, 6])
+@pytest.mark.parametrize("rows", [1, 2, 4, 6])
 def test_agrees_with_the_cpu_for_every_format(widths: tuple[int, ...], block: int, rows: int) -> None:
     layer, x = make_layer(200, 300, widths, block), make_x(rows, 300, torch.float32)
     y = ops.gemv(x.cuda(), *layer.cuda().arguments())
