@@ -22,7 +22,6 @@ from demo import model_file
 from torch import Tensor, nn
 
 import grinqh
-from grinqh import heads
 from grinqh.device import find_device
 from grinqh.errors import InputError
 from grinqh.evaluate import Reference
@@ -85,7 +84,7 @@ def converted(
     """A copy of a model with the default recipe or a changed one: what `grinqh convert` makes of it."""
     model: Any = copy.deepcopy(dense)
     tokens = sum(ids.numel() for ids in calibration)
-    if heads.pay_off(config or grinqh.GrinqhConfig()):
+    if config is None or config.stored_bits is None:
         grinqh.rotate_heads(model, calibration, max_tokens=tokens, progress=False)
     grinqh.quantize_model(model, config, progress=False)
     grinqh.calibrate(model, calibration, max_tokens=tokens, progress=False)

@@ -101,8 +101,8 @@ def convert(
         calibration: a UTF-8 text file; None for the help topics of Python.
         calibration_tokens: how much of it to use, about.
         rotate_heads: whether attention heads may be rotated first (`grinqh.rotate_heads`): better at equal read bits,
-            worse where few are stored. None: if all bits are stored, or at least 6. v_proj and o_proj then stay at
-            full precision until the rest is packed, and adapters of the original model do not fit them any more.
+            worse where few are stored. None: if `config.stored_bits` is None. v_proj and o_proj then stay at full
+            precision until the rest is packed, and adapters of the original model do not fit them any more.
         evaluation: a UTF-8 text file on which the model card gives the perplexity; None for none. The full-precision
             model is loaded for it, beside the converted one.
         dtype: of what stays at full precision; "auto" for the source's own.
@@ -128,7 +128,7 @@ def convert(
     text_name = CALIBRATION_TEXT_NAME if calibration is None else Path(calibration).name
     facts: list[Any] = [checked.fingerprint(), config.to_dict(), str(dtype), versions()["grinqh"]]
     if rotate_heads is None:
-        rotate_heads = heads.pay_off(config)
+        rotate_heads = config.stored_bits is None
     if rotate_heads:  # on which the weights then depend
         facts += [fingerprint(text), calibration_tokens]
     rotated: list[str] = []

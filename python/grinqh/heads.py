@@ -25,12 +25,9 @@ from grinqh.model import shared_weights
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from grinqh.config import GrinqhConfig
-
 logger = logging.getLogger(__name__)
 
 TRIAL_TOKENS = 64  # of the text, on which it is tried whether rotations leave the model's function as it is
-LEAST_STORED_BITS = 6.0  # with fewer, components that are rare in the calibration text are missed in other text
 TOLERANCE = 0.05  # relative, of what is tried: above the rounding of 16-bit types, far below a wrong guess
 
 
@@ -47,11 +44,6 @@ class Heads:
 
 
 Rotations = Mapping[Heads, Tensor]  # R of each key head: float64 [count, size, size] on the CPU
-
-
-def pay_off(config: GrinqhConfig) -> bool:
-    """Whether rotated heads are better than others in what `config` makes (measured: docs/quality.md)."""
-    return config.stored_bits is None or config.stored_bits >= LEAST_STORED_BITS
 
 
 def rotate_heads(

@@ -230,8 +230,7 @@ def test_a_folder_is_packed_as_the_model_that_was_rotated(fuse: bool, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("asked", "stored_bits", "layers"),
-    [(None, None, 2), (None, 6.0, 2), (None, 5.9, 0), (None, 4.0, 0), (False, None, 0), (True, 4.0, 2)],
+    ("asked", "stored_bits", "layers"), [(None, None, 2), (None, 6.0, 0), (False, None, 0), (True, 6.0, 2)]
 )
 def test_a_conversion_rotates_heads_unless_few_bits_are_stored_or_it_is_told_not_to_and_says_so(
     asked: bool | None, stored_bits: float | None, layers: int, tmp_path: Path

@@ -32,9 +32,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="UTF-8 text (default: Python's help topics)")
     parser.add_argument("--calibration-tokens", type=positive, help="how much of it to use (default: 8192)")
     parser.add_argument(
-        "--keep-heads",
-        action="store_true",
-        help="do not rotate attention heads; nor are they with less than 6 of --stored-bits",
+        "--keep-heads", action="store_true", help="do not rotate attention heads; nor are they with --stored-bits"
     )
     parser.add_argument(
         "--evaluate",
