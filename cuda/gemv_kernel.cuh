@@ -305,7 +305,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
   };
   float bound[kRows], factor[kRows], norm[kRows];
   // Whether registers allow it to ask for the next round's x early.
-  constexpr bool kAhead = kRows < 8 && !(kAround && kOneBit && kSplit == 2);
+  constexpr bool kAhead = kRows < 8;
   Input next{};
   if constexpr (kAhead) next = read_input(channel);
 #pragma unroll
@@ -588,7 +588,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
               first[h][i] = v.x;
               second[h][i] = v.y;
             } else {
-              first[h][i] = ptx::load_shared(ring_at + stage_at + (h * 16 + i * 4 + t) * 32 + g * 4);
+              first[h][i] = second[h][i] =
+                  ptx::load_shared(ring_at + stage_at + (h * 16 + i * 4 + t) * 32 + g * 4);
             }
           }
         }
@@ -650,7 +651,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
           std::uint32_t code[4];  // rows g and g + 8, channels of h = 0 and of h = 1
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            const auto& w = is_two && p >= 2 ? second[h] : first[h];
+            const auto& w = p >= 2 ? second[h] : first[h];
             const bool upper = is_two ? p % 2 : (kSplit == 1 ? p / 2 : part_of_outputs);  // bytes 2, 3 or 0, 1
             const std::uint32_t ab = __byte_perm(w[0], w[1], upper ? 0x7362 : 0x5140);
             const std::uint32_t cd = __byte_perm(w[2], w[3], upper ? 0x7362 : 0x5140);

@@ -60,8 +60,9 @@ constexpr GemvInstance gemv_instance(std::int64_t m, bool one_bit, bool large) {
   const int most = large ? 8 : 4;
   const int rows = m == 1 ? 1 : m == 2 ? 2 : m <= 4 || most == 4 ? 4 : 8;
   if (!large) return {rows, 8, 2, 1};
-  if (one_bit) return rows == 2 ? GemvInstance{2, 16, 4, 2} : GemvInstance{rows, 8, rows == 8 ? 2 : 4, 1};
-  return rows <= 2 ? GemvInstance{rows, 16, 3, 1} : GemvInstance{rows, 16, rows == 8 ? 3 : 4, 2};
+  if (rows <= 2) return {rows, 16, 3, 1};
+  if (rows == 4) return {4, 16, one_bit ? 3 : 4, 2};
+  return one_bit ? GemvInstance{8, 8, 2, 1} : GemvInstance{8, 16, 3, 2};
 }
 
 inline constexpr int kMostSliceChunks = 32;      // of kSlab channels, in one slice
