@@ -41,7 +41,7 @@ namespace grinqh::cuda::detail {
 
 constexpr float kLargest = 32600.0f;       // of a coefficient: leaves room for rounding in 16 bits
 constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23: adding it rounds a float to an integer in the low bits
-constexpr float kCarry = 128.0f;           // makes the low byte signed
+constexpr float kCarry = 128.0f;           // into the high byte
 
 struct Subplane {
   const std::uint8_t* runs;  // [tiles][channels][run]
@@ -187,7 +187,6 @@ __device__ __noinline__ float nonfinite_sum(const GemvArgs& a, int slice, int ro
 struct alignas(16) Source {
   const std::uint8_t* runs;
   std::uint32_t tile_bytes;
-  float unit;  // weight of a unit of its bits
 };
 
 // kAround: with a transform of x or a residual. kSplit: warps that share slabs, each with its part of the outputs.
@@ -196,6 +195,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
   using Layout = Shared<kRows, kBlocks, kWarps / kSplit, kStages>;
   static_assert(kSplit == 1 || (kSplit == 2 && kWarps / kSplit < 16));  // barriers: one for each ring and the block's
   constexpr int kMyBlocks = kBlocks / kSplit;
+  constexpr bool kByBytes = kRows == 1 && !kOneBit;
   using Column = Columns<kRows, kMyBlocks>;
   constexpr int kSubs = kOneBit ? kMaxSubplanes : 4;  // without 1-bit planes there are at most 4
   extern __shared__ __align__(128) std::uint8_t shared[];
@@ -273,8 +273,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
   if (threadIdx.x == 0) nonfinite = 0;
   if (threadIdx.x < a.subs) {
     const Subplane& sub = a.sub[threadIdx.x];
-    source[threadIdx.x] = {sub.runs, static_cast<std::uint32_t>(sub.channels) * sub.run,
-                           unit_weight(item(a.bits_of, threadIdx.x))};
+    source[threadIdx.x] = {sub.runs, static_cast<std::uint32_t>(sub.channels) * sub.run};
   }
 #pragma unroll 1
   for (int i = Layout::kSums + threadIdx.x * 16; i < Layout::total(all_sums, a.capacity); i += kWarps * 32 * 16)
@@ -390,7 +389,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
       if (most > s) {
         entries[at] = c.index;
 #pragma unroll
-        for (int m = 0; m < kRows; ++m) values[m * a.capacity + at] = read[m] > s ? x[m] : 0.0f;
+        for (int m = 0; m < kRows; ++m)
+          values[m * a.capacity + at] = read[m] > s ? x[m] * unit_weight(item(a.bits_of, s)) : 0.0f;
       }
     }
   }
@@ -410,13 +410,12 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
   const int slabs = end[kSubs - 1];
   struct Slab {
     int sub, at;  // at: its first entry in its list
-    float unit;   // weight of a unit of its bits
   };
   const auto find = [&](int slab) {
-    Slab found{0, slab, 0};
+    Slab found{0, slab};
 #pragma unroll
     for (int s = 0; s + 1 < kSubs; ++s) {
-      if (slab >= end[s]) found = {s + 1, slab - end[s], 0};
+      if (slab >= end[s]) found = {s + 1, slab - end[s]};
     }
     found.at = found.at * kSlab + found.sub * a.slice_channels;
     return found;
@@ -445,20 +444,17 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
     if (load_tile < end_tile) {
       slab = find(load_slab);
       const Source from = source[slab.sub];
-      slab.unit = from.unit;
       const std::uint8_t* runs = ptx::at(from.runs, load_tile, from.tile_bytes);
       const std::uint8_t* scales = ptx::at(a.scale, load_tile, static_cast<std::uint32_t>(a.k) * (2 * kBlocks));
-      std::uint32_t mine;  // the channel of entry `lane`
+      const std::uint32_t mine = ptx::load_shared(entries_at + (slab.at + lane) * 4);
       if (!kOneBit || !(a.one_bit >> slab.sub & 1)) {
         std::uint32_t channel[kCopied];
         if constexpr (kSplit == 1) {
           const uint4 channels = ptx::load_shared4(list_at + slab.at * 4);
           channel[0] = channels.x, channel[1] = channels.y, channel[2] = channels.z, channel[3] = channels.w;
-          mine = t < 2 ? (t == 0 ? channels.x : channels.y) : (t == 2 ? channels.z : channels.w);
         } else {
           const uint2 channels = ptx::load_shared2(list_at + slab.at * 4);
           channel[0] = channels.x, channel[1] = channels.y;
-          mine = t % 2 ? channels.y : channels.x;
         }
 #pragma unroll
         for (int i = 0; i < kCopied; ++i)
@@ -471,7 +467,6 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
               ring_at + stage_at + row * 32 + lane % 2 * 16,
               ptx::at(runs + lane % 2 * 16, ptx::load_shared(entries_at + (slab.at + row_of(row)) * 4), 32));
         }
-        mine = ptx::load_shared(entries_at + (slab.at + lane) * 4);
       }
       if (kSplit == 1 || t / kCopied == part_of_outputs)
         ptx::copy_async<2 * kBlocks>(scale_to + stage_at, ptx::at(scales, mine, 2 * kBlocks));
@@ -484,7 +479,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) ahead[i] = load(i * Layout::kStageBytes);
 
-  constexpr int kTilesEach = 16 / kBlocks;  // matrix tiles of a block
+  constexpr int kTilesEach = kByBytes ? 4 / Column::kOperands : 16 / kBlocks;  // matrix tiles of a block
   int sum[Column::kParts][Column::kOperands][kTilesEach][4], centre[Column::kParts][Column::kOperands];
   const auto clear = [&] {
 #pragma unroll
@@ -501,15 +496,18 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
     }
   };
   clear();
-  const int my_block = g / Column::kPerBlock % Column::kBlocksEach, my_row = g % Column::kPerBlock / 2;
-  const float first_unit = source[0].unit;
+  const int my_block = kByBytes ? g / 2 * kBlocks / 4 : g / Column::kPerBlock % Column::kBlocksEach,
+            my_row = g % Column::kPerBlock / 2;
+  const float first_unit = unit_weight(item(a.bits_of, 0));
   float to_integer[Column::kParts];
 #pragma unroll
   for (int part = 0; part < Column::kParts; ++part) {
     const float largest = __uint_as_float(bound_bits[part * Column::kRowsEach + my_row]) * first_unit;
     to_integer[part] = largest > 1e-30f ? __fdividef(kLargest, largest) : 0.0f;
   }
-  const std::uint32_t pick = g % 2 ? 0x51 : 0x40, flip = g % 2 ? 0 : 0x80808080u;
+  // The low byte of an integer, or the high one, rounded so that the low one is signed.
+  const float to_byte = g % 2 ? kToInteger + kCarry : kToInteger;
+  const std::uint32_t pick = kByBytes ? 0x4444 & ~(15 << 4 * (g / 2)) | g % 2 << 4 * (g / 2) : (g % 2 ? 0x51 : 0x40);
   const std::uint32_t my_values = ptx::kept(ptx::shared_address(values + my_row * a.capacity + t * 4));
   const std::uint32_t my_codes =
       ptx::kept(ring_at + t * 64 + ((g / 2) ^ (t / 2 * 2)) * 16 + g % 2 * 8 + part_of_outputs * 4);
@@ -588,13 +586,12 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
               first[h][i] = v.x;
               second[h][i] = v.y;
             } else {
-              first[h][i] = second[h][i] =
-                  ptx::load_shared(ring_at + stage_at + (h * 16 + i * 4 + t) * 32 + g * 4);
+              first[h][i] = second[h][i] = ptx::load_shared(ring_at + stage_at + (h * 16 + i * 4 + t) * 32 + g * 4);
             }
           }
         }
         // Their coefficients: one column of each operand.
-        std::uint32_t coefficient[Column::kParts][Column::kOperands][2];
+        std::uint32_t coefficient[Column::kParts][Column::kOperands][kByBytes ? 8 : 2];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           float scale[4][Column::kOperands];
@@ -617,25 +614,33 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
             } else {
 #pragma unroll
               for (int f = 0; f < Column::kOperands; ++f)
-                scale[i][f] = __half2float(ptx::load_shared_half(from + f * Column::kBlocksEach * 2));
+                scale[i][f] = __half2float(ptx::load_shared_half(from + f * (kByBytes ? 1 : Column::kBlocksEach) * 2));
             }
           }
 #pragma unroll
           for (int part = 0; part < Column::kParts; ++part) {
-            const float unit = to_integer[part] * now.unit;
             const uint4 v =
                 ptx::load_shared4(my_values + (part * Column::kRowsEach * a.capacity + now.at + h * 16) * 4);
-            const float value[4] = {__uint_as_float(v.x) * unit, __uint_as_float(v.y) * unit,
-                                    __uint_as_float(v.z) * unit, __uint_as_float(v.w) * unit};
+            const float value[4] = {__uint_as_float(v.x) * to_integer[part], __uint_as_float(v.y) * to_integer[part],
+                                    __uint_as_float(v.z) * to_integer[part], __uint_as_float(v.w) * to_integer[part]};
 #pragma unroll
             for (int f = 0; f < Column::kOperands; ++f) {
               std::uint32_t q[4];
 #pragma unroll
-              for (int i = 0; i < 4; ++i) q[i] = __float_as_uint(fmaf(value[i], scale[i][f], kToInteger + kCarry));
-              const std::uint32_t bytes =
-                  __byte_perm(__byte_perm(q[0], q[1], pick), __byte_perm(q[2], q[3], pick), 0x5410) ^ flip;
-              centre[part][f] = __dp4a(static_cast<int>(bytes), is_two ? 0x03030303 : 0x01010101, centre[part][f]);
-              coefficient[part][f][h] = bytes;
+              for (int i = 0; i < 4; ++i) q[i] = __float_as_uint(fmaf(value[i], scale[i][f], to_byte));
+              if constexpr (kByBytes) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                  coefficient[part][f][4 * h + i] = __byte_perm(q[i], 0, pick);
+                  centre[part][f] =
+                      __dp4a(static_cast<int>(coefficient[part][f][4 * h + i]), 0x03030303, centre[part][f]);
+                }
+              } else {
+                const std::uint32_t bytes =
+                    __byte_perm(__byte_perm(q[0], q[1], pick), __byte_perm(q[2], q[3], pick), 0x5410);
+                centre[part][f] = __dp4a(static_cast<int>(bytes), is_two ? 0x03030303 : 0x01010101, centre[part][f]);
+                coefficient[part][f][h] = bytes;
+              }
             }
           }
         }
@@ -643,11 +648,33 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
         for (int i = 0; i + 2 < kStages; ++i) ahead[i] = ahead[i + 1];
         ahead[kStages - 2] = load(free_at);
 
-        // One channel per byte; then each matrix tile's codes, masked in place. Masks that grow within a
-        // block save the last one: a tile's sum is the difference from the one before.
+        // Each matrix tile's codes are masked in place. Masks that grow within a block save the last one: a tile's sum
+        // is the difference from the one before.
         constexpr int kNested = kTilesEach < 4 ? kTilesEach : 4;
+        if constexpr (kByBytes) {
 #pragma unroll
-        for (int p = 0; p < 4 / kSplit; ++p) {
+          for (int c = 0; c < 8; c += 2) {
+            std::uint32_t code[4];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              const std::uint32_t low = first[c / 4][c % 4 + i], high = second[c / 4][c % 4 + i];
+              code[2 * i] = __byte_perm(low, high, 0x6420);  // rows g: the four tiles of a bit position
+              code[2 * i + 1] = __byte_perm(low, high, 0x7531);
+            }
+#pragma unroll
+            for (int p = 0; p < 4; ++p) {
+              const int f = p / kTilesEach;
+              std::uint32_t mask = 0;
+#pragma unroll
+              for (int n = p - p % kNested; n <= p; ++n) mask |= 0x03030303u << (2 * n);
+              ptx::mma_u8_s8(sum[0][f][p % kTilesEach], code[0] & mask, code[1] & mask, code[2] & mask, code[3] & mask,
+                             coefficient[0][f][c], coefficient[0][f][c + 1]);
+            }
+          }
+        }
+        // One channel per byte.
+#pragma unroll
+        for (int p = 0; p < (kByBytes ? 0 : 4 / kSplit); ++p) {
           std::uint32_t code[4];  // rows g and g + 8, channels of h = 0 and of h = 1
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
@@ -683,7 +710,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
     if (!over) {
       // Registers -> shared memory: twice the centred sums, as integers. A lane's two columns are the
       // bytes of one row and block.
-      const int pair_block = 2 * t / Column::kPerBlock, pair_row = 2 * t % Column::kPerBlock / 2;
+      const int pair_block = kByBytes ? t : 2 * t / Column::kPerBlock, pair_row = 2 * t % Column::kPerBlock / 2;
 #pragma unroll
       for (int operand = 0; operand < Column::kParts * Column::kOperands; ++operand) {
         const int part = operand / Column::kOperands, f = operand % Column::kOperands;
@@ -702,8 +729,10 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
             whole[e] = exact ? kept[e] : kept[e] - before[e];
             before[e] = kept[e];
           }
-          if (pair_block < Column::kBlocksEach) {
-            const int i = (part_of_outputs * kMyBlocks + f * Column::kBlocksEach + pair_block) * kTilesEach + j;
+          if (kByBytes || pair_block < Column::kBlocksEach) {
+            const int i = kByBytes
+                              ? 4 * t + f * kTilesEach + j
+                              : (part_of_outputs * kMyBlocks + f * Column::kBlocksEach + pair_block) * kTilesEach + j;
             int* to = &sums[turn % 2 * Layout::kTurn + (part * Column::kRowsEach + pair_row) * Layout::kSumsRow +
                             Layout::sum_of(16 * i) + g];
             const int down = 2 * (i % 4);
@@ -728,7 +757,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
             &sums[(turn - 1) % 2 * Layout::kTurn + m * Layout::kSumsRow + Layout::sum_of(i % kTile)]);
         const int4 whole = *sums_at;
         *sums_at = int4{};
-        const float unit = __uint_as_float(bound_bits[m]) * (0.5f / kLargest * source[0].unit);
+        const float unit = __uint_as_float(bound_bits[m]) * (0.5f / kLargest * first_unit);
         float4 part{unit * whole.x, unit * whole.y, unit * whole.z, unit * whole.w};
         if (nonfinite >> m & 1) {
           const int output = before * kTile + i % kTile, row = first_row + m;
