@@ -71,6 +71,8 @@ GemvArgs device_args(const GemvParams& p) {
   a.chunks = (a.k + kSlab - 1) / kSlab;
   a.slice_channels = (a.chunks + a.slices - 1) / a.slices * kSlab;
   a.capacity = a.slice_channels * a.subs;
+  a.scale_bytes = static_cast<std::uint32_t>(2 * blocks_per_tile(static_cast<int>(w.block)));
+  a.tile_scale_bytes = a.scale_bytes * static_cast<std::uint32_t>(a.k);
   return a;
 }
 

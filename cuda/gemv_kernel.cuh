@@ -9,9 +9,19 @@
 //   signed matrix operand, the masked code bits the unsigned one, and all sums are exact integers:
 //   they depend neither on the order of the list nor on the other rows' channels.
 //
-//   columns of one operand, 4 blocks of 64 outputs, one row:   | b0 lo | b0 hi | b1 lo | ... | b3 hi |
-//   A matrix tile of outputs meets the columns of its own block, the others being masked, so that the tiles at one
-//   place of different blocks share their sums' registers.
+// OPERANDS  One row, planes of 2 bits: a row of the codes' operand has, of 8 channels, the codes of four matrix tiles
+//   (i, i + 4, i + 8, i + 12) in a byte each, nearly as they lie in a run. A column has coefficients at one of these
+//   bytes, 0 at the others:
+//
+//     | i lo | i hi | i + 4 lo | i + 4 hi | ... | i + 12 hi |
+//
+//   Otherwise (more rows would take as many more instructions that way) a row has the codes of one matrix tile, of 32
+//   channels, and columns are those of rows and blocks of outputs, as here of two rows:
+//
+//     | b0 r0 lo | b0 r0 hi | b0 r1 lo | b0 r1 hi | b1 r0 lo | ... | b1 r1 hi |
+//
+//   A matrix tile meets the columns of its own block, the others being masked, so that the tiles at one place of
+//   different blocks share their sums' registers.
 //
 // SUMS  warp: integers in registers -> block: integers in shared memory -> slice: float32 in `partial`
 //   -> the last block to arrive at a tile adds the slices in their order.
@@ -41,7 +51,8 @@ namespace grinqh::cuda::detail {
 
 constexpr float kLargest = 32600.0f;       // of a coefficient: leaves room for rounding in 16 bits
 constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23: adding it rounds a float to an integer in the low bits
-constexpr float kCarry = 128.0f;           // into the high byte
+constexpr std::uint32_t kIntegerBits = std::bit_cast<std::uint32_t>(kToInteger);
+constexpr float kCarry = 128.0f;  // into the high byte
 
 struct Subplane {
   const std::uint8_t* runs;  // [tiles][channels][run]
@@ -89,10 +100,11 @@ struct alignas(64) GemvArgs {
   int slice_channels;  // at most, in one slice; whole slabs
   Subplane sub[kMaxSubplanes];
   // Small tables in one register each, four bits an item.
-  std::uint64_t grade_of;  // by subplane: the lowest grade that reads it
-  std::uint64_t bits_of;   // by subplane: bits down to it
-  unsigned one_bit;        // by subplane, one bit: it has 1 bit
-  int capacity;            // entries of all lists
+  std::uint64_t grade_of;                       // by subplane: the lowest grade that reads it
+  std::uint64_t bits_of;                        // by subplane: bits down to it
+  unsigned one_bit;                             // by subplane, one bit: it has 1 bit
+  int capacity;                                 // entries of all lists
+  std::uint32_t scale_bytes, tile_scale_bytes;  // of a channel's block scales in a tile, and of a tile's
   const float* row_scale;
   const void* bias;
   const void* residual;  // [m][n] or null
@@ -182,8 +194,8 @@ __device__ __noinline__ float nonfinite_sum(const GemvArgs& a, int slice, int ro
   return sum;
 }
 
-// A subplane as the copies of its runs need it: in shared memory, since the parameters' constant memory is slow to
-// index.
+// A subplane as a lane that copies 16 bytes of its runs needs it: in shared memory, since the parameters' constant
+// memory is slow to index.
 struct alignas(16) Source {
   const std::uint8_t* runs;
   std::uint32_t tile_bytes;
@@ -195,14 +207,14 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
   using Layout = Shared<kRows, kBlocks, kWarps / kSplit, kStages>;
   static_assert(kSplit == 1 || (kSplit == 2 && kWarps / kSplit < 16));  // barriers: one for each ring and the block's
   constexpr int kMyBlocks = kBlocks / kSplit;
-  constexpr bool kByBytes = kRows == 1 && !kOneBit;
+  constexpr bool kByBytes = kRows == 1 && !kOneBit;  // the first kind of operands
   using Column = Columns<kRows, kMyBlocks>;
   constexpr int kSubs = kOneBit ? kMaxSubplanes : 4;  // without 1-bit planes there are at most 4
   extern __shared__ __align__(128) std::uint8_t shared[];
   __shared__ int count[kSubs];
   __shared__ unsigned bound_bits[kRows], nonfinite;
   __shared__ float square_groups[kRows][kNormGroups], norms[kRows];  // of the rows' norms
-  __shared__ Source source[kSubs];
+  __shared__ Source source[kSubs][4];
   __shared__ std::uint64_t all_added[kWarps][2];  // by group and turn modulo 2: barriers of its warps
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -271,9 +283,10 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
   if (threadIdx.x < kSubs) count[threadIdx.x] = 0;
   if (threadIdx.x < kRows) bound_bits[threadIdx.x] = 0;
   if (threadIdx.x == 0) nonfinite = 0;
-  if (threadIdx.x < a.subs) {
-    const Subplane& sub = a.sub[threadIdx.x];
-    source[threadIdx.x] = {sub.runs, static_cast<std::uint32_t>(sub.channels) * sub.run};
+  if (threadIdx.x < a.subs * 4) {
+    const Subplane& sub = a.sub[threadIdx.x / 4];
+    source[threadIdx.x / 4][t] = {sub.runs + (t * 16 & (sub.run - 1)),
+                                  static_cast<std::uint32_t>(sub.channels) * sub.run};
   }
 #pragma unroll 1
   for (int i = Layout::kSums + threadIdx.x * 16; i < Layout::total(all_sums, a.capacity); i += kWarps * 32 * 16)
@@ -404,21 +417,22 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
 
   // The slabs of a tile, numbered through its subplanes. A ring takes every k_rings-th, and goes on
   // counting from tile to tile, so that the rings of a group get equal shares.
-  int end[kSubs];
+  int end[kSubs], place[kSubs];  // place: a subplane, and what lies before its list apart from slabs
 #pragma unroll
-  for (int s = 0; s < kSubs; ++s) end[s] = (s ? end[s - 1] : 0) + (count[s] + kSlab - 1) / kSlab;
+  for (int s = 0; s < kSubs; ++s) {
+    const int begin = s ? end[s - 1] : 0;
+    place[s] = s << 24 | (a.slice_channels * s - begin * kSlab);
+    end[s] = begin + static_cast<int>((static_cast<unsigned>(count[s]) + kSlab - 1) / kSlab);
+  }
   const int slabs = end[kSubs - 1];
   struct Slab {
     int sub, at;  // at: its first entry in its list
   };
   const auto find = [&](int slab) {
-    Slab found{0, slab};
+    int found = place[0];
 #pragma unroll
-    for (int s = 0; s + 1 < kSubs; ++s) {
-      if (slab >= end[s]) found = {s + 1, slab - end[s]};
-    }
-    found.at = found.at * kSlab + found.sub * a.slice_channels;
-    return found;
+    for (int s = 1; s < kSubs; ++s) found = slab >= end[s - 1] ? place[s] : found;
+    return Slab{found >> 24, slab * kSlab + (found & 0xffffff)};
   };
 
   // Starts the copies of this ring's next slab, or this warp's part of them: its runs and its channels' block scales.
@@ -426,7 +440,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
   // run's 16-byte parts are swizzled so that reading them has no bank conflicts.
   const auto row_of = [](int entry) { return entry / 16 * 16 + entry % 4 * 4 + entry / 4 % 4; };  // its own inverse
   const std::uint32_t ring_at = ptx::shared_address(shared) + ring * kStages * Layout::kStageBytes,
-                      entries_at = ptx::shared_address(entries);
+                      entries_at = ptx::shared_address(entries), source_at = ptx::shared_address(&source[0][t]);
   constexpr int kCopied = 4 / kSplit;  // channels of four
   const int first_copied = part_of_outputs * kCopied;
   const std::uint32_t run_to =
@@ -443,9 +457,10 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
     }
     if (load_tile < end_tile) {
       slab = find(load_slab);
-      const Source from = source[slab.sub];
-      const std::uint8_t* runs = ptx::at(from.runs, load_tile, from.tile_bytes);
-      const std::uint8_t* scales = ptx::at(a.scale, load_tile, static_cast<std::uint32_t>(a.k) * (2 * kBlocks));
+      const uint4 from = ptx::load_shared4(source_at + slab.sub * 4 * static_cast<int>(sizeof(Source)));
+      const auto subplane = reinterpret_cast<const std::uint8_t*>(std::uint64_t{from.y} << 32 | from.x);
+      const std::uint8_t* runs = ptx::at(subplane, load_tile, from.z);
+      const std::uint8_t* scales = ptx::at(a.scale, load_tile, a.tile_scale_bytes);
       const std::uint32_t mine = ptx::load_shared(entries_at + (slab.at + lane) * 4);
       if (!kOneBit || !(a.one_bit >> slab.sub & 1)) {
         std::uint32_t channel[kCopied];
@@ -458,18 +473,17 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
         }
 #pragma unroll
         for (int i = 0; i < kCopied; ++i)
-          ptx::copy_async<16>(run_to + stage_at + i * 256, ptx::at(runs + t * 16, channel[i], 64));
+          ptx::copy_async<16>(run_to + stage_at + i * 256, ptx::at(runs, channel[i], 64));
       } else {
 #pragma unroll
         for (int i = 0; i < 2 / kSplit; ++i) {
           const int row = lane / 2 + 16 * (i + part_of_outputs);
-          ptx::copy_async<16>(
-              ring_at + stage_at + row * 32 + lane % 2 * 16,
-              ptx::at(runs + lane % 2 * 16, ptx::load_shared(entries_at + (slab.at + row_of(row)) * 4), 32));
+          ptx::copy_async<16>(ring_at + stage_at + row * 32 + lane % 2 * 16,
+                              ptx::at(runs, ptx::load_shared(entries_at + (slab.at + row_of(row)) * 4), 32));
         }
       }
       if (kSplit == 1 || t / kCopied == part_of_outputs)
-        ptx::copy_async<2 * kBlocks>(scale_to + stage_at, ptx::at(scales, mine, 2 * kBlocks));
+        ptx::copy_async<2 * kBlocks>(scale_to + stage_at, ptx::at(scales, mine, a.scale_bytes));
       load_slab += k_rings;
     }
     ptx::commit_copies();
@@ -630,11 +644,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
               for (int i = 0; i < 4; ++i) q[i] = __float_as_uint(fmaf(value[i], scale[i][f], to_byte));
               if constexpr (kByBytes) {
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                  coefficient[part][f][4 * h + i] = __byte_perm(q[i], 0, pick);
-                  centre[part][f] =
-                      __dp4a(static_cast<int>(coefficient[part][f][4 * h + i]), 0x03030303, centre[part][f]);
-                }
+                for (int i = 0; i < 4; ++i) coefficient[part][f][4 * h + i] = __byte_perm(q[i], 0, pick);
+                centre[part][f] += static_cast<int>(q[0] + q[1] + (q[2] + q[3] - 4 * kIntegerBits));
               } else {
                 const std::uint32_t bytes =
                     __byte_perm(__byte_perm(q[0], q[1], pick), __byte_perm(q[2], q[3], pick), 0x5410);
@@ -717,7 +728,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
         int c = centre[part][f];
         c += __shfl_xor_sync(~0u, c, 1);
         c += __shfl_xor_sync(~0u, c, 2);  // lane 4 * column + any holds the column's
-        const int centred = __shfl_sync(~0u, c, t * 8) + 256 * __shfl_sync(~0u, c, t * 8 + 4);
+        const int centred = kByBytes ? 3 * __shfl_sync(~0u, c, t * 8)
+                                     : __shfl_sync(~0u, c, t * 8) + 256 * __shfl_sync(~0u, c, t * 8 + 4);
         int before[4];
 #pragma unroll
         for (int j = 0; j < kTilesEach; ++j) {
