@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+DISTINCT_TOKENS = 4  # of the text, for each number of a head: with fewer its principal components are those of the text
 TRIAL_TOKENS = 64  # of the text, on which it is tried whether rotations leave the model's function as it is
 TOLERANCE = 0.05  # relative, of what is tried: above the rounding of 16-bit types, far below a wrong guess
 
@@ -59,7 +60,9 @@ def rotate_heads(
 
     The model runs over the text once; then v_proj and o_proj get other weights. Its function stays, but for rounding to
     their dtype. What is between the two is another: adapters of the original model for them do not fit any more.
-    Layers are left alone where on a few tokens the model turns out to do more with values than attention does.
+    Layers are left alone where on a few tokens the model turns out to do more with values than attention does. With a
+    warning they are where the text has fewer than four distinct tokens for each number of a head: it then says little
+    about other texts, which would read more bits than the dial is set to.
 
     Args:
         model: a causal language model whose attention layers have `head_dim`, and `torch.nn.Linear`s named v_proj and
@@ -80,8 +83,9 @@ def rotate_heads(
     Source: docs/method.md, "Rotated heads".
     """
     batches = token_batches(data, tokenizer, sequence_length, max_tokens)
+    found = _that_are_known_well_enough(find_heads(model), batches)
     with evaluating(model), torch.no_grad():
-        with second_moments(find_heads(model)) as moments:
+        with second_moments(found) as moments:
             for _ in outputs_for(model, batches, progress, "rotate heads"):
                 pass
         for of, moment in moments.items():
@@ -107,6 +111,20 @@ def find_heads(model: nn.Module) -> list[Heads]:
         if fits and not shared & {id(v.weight), id(o.weight)}:
             found.append(Heads(name, v, o, v.out_features // size, o.in_features // v.out_features, size))
     return found
+
+
+def _that_are_known_well_enough(found: Sequence[Heads], batches: Sequence[Tensor]) -> list[Heads]:
+    """Those of the heads whose numbers the text has enough distinct tokens for."""
+    distinct = len(torch.cat([ids.flatten() for ids in batches]).unique())
+    known = [of for of in found if distinct >= DISTINCT_TOKENS * of.size]
+    if len(known) < len(found):
+        size = max(of.size for of in found)
+        logger.warning(
+            "%d of %d attention layers keep their heads as they are: the text has %d distinct tokens, and to rotate "
+            "heads of %d numbers takes %d: give more text",
+            len(found) - len(known), len(found), distinct, size, DISTINCT_TOKENS * size,
+        )  # fmt: skip
+    return known
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from grinqh.convert import convert
 from grinqh.source import Source
 
 ATTENTION = ["model.layers.0.self_attn", "model.layers.1.self_attn"]
-TEXT = "It was the best of times, it was the worst of times. " * 40
+TEXT = Path(__file__).read_text(encoding="utf-8")  # of more distinct tokens than a single sentence
 
 
 def error(got: Tensor, wanted: Tensor) -> float:
@@ -192,6 +192,24 @@ def test_activations_that_are_not_finite_are_refused_by_name_and_nothing_changes
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize("distinct", [63, 64])
+def test_heads_are_left_alone_where_the_text_has_few_distinct_tokens(
+    distinct: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model(initializer_range=0.15)  # heads of 16 numbers
+    before = state(model)
+    ids = (torch.arange(256) % distinct + 1).reshape(4, 64)
+    with caplog.at_level(logging.WARNING, "grinqh"):
+        rotated = grinqh.rotate_heads(model, ids)
+    if distinct < 64:
+        assert rotated == []
+        assert_unchanged(model, before)
+        assert "the text has 63 distinct tokens, and to rotate heads of 16 numbers takes 64" in caplog.text
+    else:
+        assert rotated == ATTENTION
+        assert not caplog.records
+
+
 def test_text_needs_a_tokenizer() -> None:
     with pytest.raises(InputError, match="texts but no tokenizer"):
         grinqh.rotate_heads(tiny_model(), "text")
@@ -219,7 +237,7 @@ def test_a_folder_is_packed_as_the_model_that_was_rotated(fuse: bool, tmp_path: 
     before = copy.deepcopy(whole)
     grinqh.rotate_heads(whole, TEXT, source.tokenizer)
     expected = packed_layers(grinqh.quantize_model(whole, config, progress=False))
-    found, ids = packed_layers(model), token_ids(2, 9)
+    found, ids = packed_layers(model), token_ids(16, 64)
     assert found.keys() == expected.keys()
     # The layers that were packed already give heads slightly other inputs, and so slightly other rotations.
     assert error(logits(model, ids), logits(before, ids)) < 1.1 * error(logits(whole, ids), logits(before, ids))
