@@ -1,5 +1,6 @@
 // The GEMV's entry: from a layer and its plan to a kernel (gemv_kernel.cuh).
-#include "gemv_kernel.cuh"
+#include "gemv_launch.cuh"
+#include "kernels.h"
 
 namespace grinqh::cuda {
 namespace {

@@ -1,5 +1,5 @@
 // The GEMV's kernels with a transform of x or a residual.
-#include "gemv_kernel.cuh"
+#include "gemv_launch.cuh"
 
 namespace grinqh::cuda::detail {
 

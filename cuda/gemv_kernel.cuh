@@ -36,13 +36,11 @@
 #pragma once
 #include <cuda_fp16.h>
 
-#include <atomic>
 #include <bit>
-#include <type_traits>
 
 #include "arrival.cuh"
+#include "gemv_args.cuh"
 #include "input.cuh"
-#include "kernels.h"
 #include "layout.h"
 #include "plan.h"
 #include "ptx.h"
@@ -54,71 +52,7 @@ constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23: adding it rounds a flo
 constexpr std::uint32_t kIntegerBits = std::bit_cast<std::uint32_t>(kToInteger);
 constexpr float kCarry = 128.0f;  // into the high byte
 
-struct Subplane {
-  const std::uint8_t* runs;  // [tiles][channels][run]
-  int channels;
-  int width;  // 1 or 2
-  int run;    // bytes
-};
-
-// A section of the outputs: the blocks that work for it, its tiles and outputs.
-struct SectionArgs {
-  int first_column, columns;
-  int first_tile, end_tile;
-  int begin, end;
-};
-
-__host__ __device__ constexpr int item(std::uint64_t table, int i) { return static_cast<int>(table >> (4 * i) & 15); }
-
-// 2^(1 - bits): what a unit of a subplane's bits weighs.
-__device__ __forceinline__ float unit_weight(int bits) { return __int_as_float((128 - bits) << 23); }
-
-// The first 64 bytes are what every block needs first: constant memory arrives by such lines.
-struct alignas(64) GemvArgs {
-  int slices, columns;
-  int k_warp_bits;  // log2 of the warps that share a tile
-  int chunks;       // of 32 channels
-  int k;
-  int sum_buffers;     // of a group
-  int prefetch_slabs;  // of the first subplane that each warp fetches to L2 before x is known
-  int subs;
-  const std::int32_t* order;
-  const float* channel_weight;
-  const __half* scale_bound;  // [k]
-  const __half* scale;        // [tiles][k][blocks]
-
-  const void* x;
-  std::int64_t x_stride;
-  const float* thresholds;
-  const float* gain;
-  const float* factor;
-  const void* norm_weight;  // [k] or null
-  float norm_eps;
-  int gated;
-  Dtype dtype;
-  int m, n, tiles;
-  int slice_channels;  // at most, in one slice; whole slabs
-  Subplane sub[kMaxSubplanes];
-  // Small tables in one register each, four bits an item.
-  std::uint64_t grade_of;                       // by subplane: the lowest grade that reads it
-  std::uint64_t bits_of;                        // by subplane: bits down to it
-  unsigned one_bit;                             // by subplane, one bit: it has 1 bit
-  int capacity;                                 // entries of all lists
-  std::uint32_t scale_bytes, tile_scale_bytes;  // of a channel's block scales in a tile, and of a tile's
-  const float* row_scale;
-  const void* bias;
-  const void* residual;  // [m][n] or null
-  void* y;
-  float* partial;      // [slices][m][slots][kTile]
-  unsigned* arrivals;  // [row groups][slots][sharers]
-  int slots;
-  int sharer_bits;  // log2 of the warps of a tile that turn its sums into results
-  int planes, sections;
-  SectionArgs section[kMaxSections];
-  int overlap;  // 1: programmatic dependent launch
-};
-
-// Channels are sorted by importance, so slices take chunks of 32 in turn, back and forth.
+// Slices take chunks of 32 channels in turn, back and forth: channels near each other may be alike.
 __device__ __forceinline__ int slice_chunk(int round, int slice, int slices) {
   return round * slices + (round % 2 ? slices - 1 - slice : slice);
 }
@@ -850,100 +784,5 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
     prefetch_outputs(tile);
   }
 }
-
-// Whether the plan allows for what an instance keeps in shared memory, beside 1 KB for its own variables.
-template <int kRows, int kBlocks, int kWarps, int kStages, int kSplit>
-constexpr bool plan_allows_for_it() {
-  for (int k_warps = kSplit; k_warps <= kWarps; k_warps *= 2) {
-    for (int turns = 1; turns <= 2; ++turns) {
-      const int sums = kWarps / k_warps * sum_buffers(turns);
-      const int kept = Shared<kRows, kBlocks, kWarps / kSplit, kStages>::total(sums, kSlab * kMaxSubplanes);
-      const int planned = plan_detail::shared_bytes({kRows, kWarps, kStages, kSplit}, kTile / kBlocks, k_warps, turns,
-                                                    kMaxSubplanes, 1);
-      if (kept + 1024 > planned) return false;
-    }
-  }
-  return true;
-}
-
-template <bool kAround, int kRows, int kBlocks, bool kOneBit, int kWarps, int kStages, int kSplit>
-Status launch(const GemvArgs& a, cudaStream_t stream) {
-  static_assert(plan_allows_for_it<kRows, kBlocks, kWarps, kStages, kSplit>());
-  const auto kernel = gemv_kernel<kAround, kRows, kBlocks, kOneBit, kWarps, kStages, kSplit>;
-  const int bytes =
-      Shared<kRows, kBlocks, kWarps / kSplit, kStages>::total((kWarps >> a.k_warp_bits) * a.sum_buffers, a.capacity);
-  static std::atomic<std::uint64_t> prepared[4];  // a bit for each device
-  int device = 0;
-  cudaError_t failure = cudaGetDevice(&device);
-  const std::uint64_t bit = std::uint64_t{1} << (device % 64);
-  if (failure == cudaSuccess && !(prepared[device / 64 % 4] & bit)) {
-    // A block may use more than 48 KB of shared memory only after this.
-    int most = 0;
-    failure = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    cudaFuncAttributes attributes{};
-    if (failure == cudaSuccess) failure = cudaFuncGetAttributes(&attributes, kernel);
-    if (failure == cudaSuccess)
-      failure = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     most - static_cast<int>(attributes.sharedSizeBytes));
-    if (failure == cudaSuccess) prepared[device / 64 % 4] |= bit;
-  }
-  if (failure == cudaSuccess) {
-    cudaLaunchAttribute overlap{};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(a.slices, a.columns, (a.m + kRows - 1) / kRows);
-    config.blockDim = dim3(kWarps * 32);
-    config.dynamicSmemBytes = bytes;
-    config.stream = stream;
-    config.attrs = &overlap;
-    config.numAttrs = a.overlap;
-    failure = cudaLaunchKernelEx(&config, kernel, a);
-  }
-  if (failure != cudaSuccess) return error("grinqh gemv: %s", cudaGetErrorString(failure));
-  return {};
-}
-
-template <bool kAround, int kRows, int kBlocks, bool kOneBit, bool kLarge>
-Status launch_instance(const GemvArgs& a, cudaStream_t stream) {
-  constexpr GemvInstance instance = gemv_instance(kRows, kOneBit, kLarge);
-  return launch<kAround, kRows, kBlocks, kOneBit, instance.warps, instance.stages, instance.split>(a, stream);
-}
-
-template <bool kAround, int kRows, int kBlocks, bool kOneBit>
-Status launch_rows(const GemvArgs& a, bool large, cudaStream_t stream) {
-  return large ? launch_instance<kAround, kRows, kBlocks, kOneBit, true>(a, stream)
-               : launch_instance<kAround, kRows, kBlocks, kOneBit, false>(a, stream);
-}
-
-// The instances: rows of x at once, blocks per tile, whether a plane has 1 bit.
-template <bool kAround, int kBlocks, bool kOneBit>
-Status launch_planes(const GemvArgs& a, bool large, cudaStream_t stream) {
-  switch (gemv_instance(a.m, kOneBit, large).rows) {
-    case 1: return launch_rows<kAround, 1, kBlocks, kOneBit>(a, large, stream);
-    case 2: return launch_rows<kAround, 2, kBlocks, kOneBit>(a, large, stream);
-    case 4: return launch_rows<kAround, 4, kBlocks, kOneBit>(a, large, stream);
-    default: return launch_instance<kAround, 8, kBlocks, kOneBit, true>(a, stream);
-  }
-}
-
-template <bool kAround, int kBlocks>
-Status launch_blocks(const GemvArgs& a, bool large, cudaStream_t stream) {
-  return a.one_bit ? launch_planes<kAround, kBlocks, true>(a, large, stream)
-                   : launch_planes<kAround, kBlocks, false>(a, large, stream);
-}
-
-template <bool kAround>
-Status launch_gemv(const GemvArgs& a, std::int64_t block, bool large, cudaStream_t stream) {
-  switch (block) {
-    case 32: return launch_blocks<kAround, 8>(a, large, stream);
-    case 64: return launch_blocks<kAround, 4>(a, large, stream);
-    case 128: return launch_blocks<kAround, 2>(a, large, stream);
-    default: return error("grinqh gemv: block is %lld; 32, 64 and 128 are supported", static_cast<long long>(block));
-  }
-}
-
-// gemv_around.cu compiles these: the instances are most of the backend's compile time.
-extern template Status launch_gemv<true>(const GemvArgs& a, std::int64_t block, bool large, cudaStream_t stream);
 
 }  // namespace grinqh::cuda::detail
