@@ -142,6 +142,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1) gemv_kernel(const __grid_const
   static_assert(kSplit == 1 || (kSplit == 2 && kWarps / kSplit < 16));  // barriers: one for each ring and the block's
   constexpr int kMyBlocks = kBlocks / kSplit;
   constexpr bool kByBytes = kRows == 1 && !kOneBit;  // the first kind of operands
+  static_assert(run_position(4 * 3 * 16, 2).byte == 6 &&
+                run_position(4 * 3 * 16 + 8, 2).byte == 7);  // it relies on these
   using Column = Columns<kRows, kMyBlocks>;
   constexpr int kSubs = kOneBit ? kMaxSubplanes : 4;  // without 1-bit planes there are at most 4
   extern __shared__ __align__(128) std::uint8_t shared[];
