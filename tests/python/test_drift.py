@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import drift
 import pytest
+import rotated_heads
 import torch
+from quality_models import LabModel
 from tiny_models import calibrated, logits, tiny_model, token_ids
 from torch import Tensor
 
 import grinqh
-from grinqh import InputError
+from grinqh import InputError, heads
 
 USUAL = token_ids() % 128
 OTHER = USUAL + 128  # tokens whose embeddings `two_kinds` changes
@@ -97,21 +100,48 @@ def test_a_model_that_was_not_calibrated_or_did_not_count_is_refused() -> None:
         grinqh.dial_drift(calibrated())
 
 
+MACHINE = {
+    "hardware": {"cpu": "c", "threads": 2, "vector_isa": "v", "last_cache_mb": 1},
+    "versions": {"torch": "2", "python": "3"}, "commit": "abc", "date": "today",
+    "model": "m", "window": 512, "windows": 2,
+}  # fmt: skip
+
+
+def written(write_report: Callable[[dict[str, Any], Path], None], result: dict[str, Any], root: Path) -> list[Any]:
+    """The cells of the page's lines after a report."""
+    (root / "docs").mkdir()
+    shutil.copy(Path(__file__).parents[2] / "docs" / "quality.md", root / "docs")
+    write_report(MACHINE | result, root)
+    page = (root / "docs" / "quality.md").read_text(encoding="utf-8")
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines()]
+
+
+def test_the_report_of_rotated_heads_fills_the_page(tmp_path: Path) -> None:
+    rows = [
+        {"tokens": 64, "distinct": 45, "rotated": rotated, "read": "code", "bits": bits, "drift": 0.1 * rotated + bits}
+        for rotated in (False, True)
+        for bits in (2.0, 3.0)
+    ]
+    lines = written(rotated_heads.write_report, {"rows": rows, "head_size": 64}, tmp_path)
+    assert ["64", "45", "+200.0% → +210.0%"] in lines
+
+
+def test_heads_are_rotated_for_the_record_however_short_the_text() -> None:
+    lab = LabModel("tiny", tiny_model(), None)  # type: ignore[arg-type]  # no text is read
+    few = [torch.tensor([1, 2, 3, 4])]
+    kept, rotated = (rotated_heads.calibrated(lab, few, rotate) for rotate in (False, True))
+    v, o = "model.layers.0.self_attn.v_proj", "model.layers.0.self_attn.o_proj"
+    for name in (v, o):
+        assert not torch.equal(*(grinqh.packed_layers(m)[name].tensors["plane_0"] for m in (kept, rotated)))
+    assert heads.DISTINCT_TOKENS == 4
+
+
 def test_the_report_fills_the_page(tmp_path: Path) -> None:
     rows = [
         {"calibrated": "code", "read": read, "bits": bits, "drift": 0.123, "recorded_anew": anew}
         for read, anew in (("code", None), ("speeches", -0.004))
         for bits in drift.READ_BITS
     ]
-    machine = {"cpu": "c", "threads": 2, "vector_isa": "v", "last_cache_mb": 1}
-    result = {
-        "hardware": machine, "versions": {"torch": "2", "python": "3"}, "commit": "abc", "date": "today",
-        "model": "m", "window": 512, "windows": 2, "rows": rows,
-    }  # fmt: skip
-    (tmp_path / "docs").mkdir()
-    shutil.copy(Path(__file__).parents[2] / "docs" / "quality.md", tmp_path / "docs")
-    drift.write_report(result, tmp_path)
-    page = (tmp_path / "docs" / "quality.md").read_text(encoding="utf-8")
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines()]
+    lines = written(drift.write_report, {"rows": rows}, tmp_path)
     assert ["code", "code", "+12.3%", "+12.3%", "+12.3%"] in lines
     assert ["code", "speeches", *["+12.3% → -0.4%"] * 3] in lines
