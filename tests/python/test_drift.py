@@ -127,7 +127,7 @@ def test_the_report_of_rotated_heads_fills_the_page(tmp_path: Path) -> None:
 
 
 def test_heads_are_rotated_for_the_record_however_short_the_text() -> None:
-    lab = LabModel("tiny", tiny_model(), None)  # type: ignore[arg-type]  # no text is read
+    lab = LabModel("tiny", tiny_model(), None)  # no text is read
     few = [torch.tensor([1, 2, 3, 4])]
     kept, rotated = (rotated_heads.calibrated(lab, few, rotate) for rotate in (False, True))
     v, o = "model.layers.0.self_attn.v_proj", "model.layers.0.self_attn.o_proj"
