@@ -79,12 +79,20 @@ def reference(name: str, model: PreTrainedModel) -> Reference:
 
 
 def converted(
-    dense: nn.Module, calibration: list[Tensor], config: grinqh.GrinqhConfig | None = None
+    dense: nn.Module,
+    calibration: list[Tensor],
+    config: grinqh.GrinqhConfig | None = None,
+    rotate_heads: bool | None = None,
 ) -> PreTrainedModel:
-    """A copy of a model with the default recipe or a changed one: what `grinqh convert` makes of it."""
+    """A copy of a model with the default recipe or a changed one: what `grinqh convert` makes of it.
+
+    Whether heads may be rotated depends on the recipe, as there, unless `rotate_heads` says it.
+    """
     model: Any = copy.deepcopy(dense)
     tokens = sum(ids.numel() for ids in calibration)
-    if config is None or config.stored_bits is None:
+    if rotate_heads is None:
+        rotate_heads = config is None or config.stored_bits is None
+    if rotate_heads:
         grinqh.rotate_heads(model, calibration, max_tokens=tokens, progress=False)
     grinqh.quantize_model(model, config, progress=False)
     grinqh.calibrate(model, calibration, max_tokens=tokens, progress=False)

@@ -11,7 +11,6 @@ graded on its own.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import sys
 from pathlib import Path
@@ -21,12 +20,11 @@ from unittest.mock import patch
 import torch
 from common import markdown_table, stamp, write_json
 from drift import LENGTH, READ_BITS, READ_WINDOWS, drifts
-from quality_models import LabModel, texts
+from quality_models import LabModel, converted, texts
 from quality_report import run_or_report, section_options, write_section
 from torch import Tensor
 from tqdm import tqdm
 
-import grinqh
 from grinqh import heads
 from grinqh.evaluate import token_windows
 
@@ -36,14 +34,8 @@ SHOWN_BITS = 2.0
 
 def calibrated(lab: LabModel, ids: list[Tensor], rotate: bool) -> Any:
     """A copy of the model with the default recipe, its heads as they are or rotated, however short the text."""
-    model: Any = copy.deepcopy(lab.model)
-    tokens = sum(window.numel() for window in ids)
-    if rotate:
-        with patch.object(heads, "DISTINCT_TOKENS", 0):
-            grinqh.rotate_heads(model, ids, max_tokens=tokens, progress=False)
-    grinqh.quantize_model(model, progress=False)
-    grinqh.calibrate(model, ids, max_tokens=tokens, progress=False)
-    return model
+    with patch.object(heads, "DISTINCT_TOKENS", 0):
+        return converted(lab.model, ids, rotate_heads=rotate)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

@@ -50,8 +50,8 @@ struct Gpu {
 constexpr int sum_buffers(int turns) { return turns > 1 ? 2 : 1; }
 
 // One kernel instance: rows it takes at once, warps of a block, copies in flight, warps that split a tile's outputs.
-// 16 warps leave each thread 128 registers: enough for the sums of two rows without 1-bit planes, or of half the
-// outputs. What is fastest was measured (docs/kernel-notes.md).
+// 16 warps leave each thread 128 registers: enough for the sums of two rows, or of half the outputs. What is fastest
+// was measured (docs/kernel-notes.md).
 struct GemvInstance {
   int rows, warps, stages, split;
   constexpr int rings() const { return warps / split; }  // of slabs

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DISTINCT_TOKENS = 4  # of the text, for each number of a head: with fewer its principal components are those of the text
+DISTINCT_TOKENS = 2  # of the text, for each number of a head: with fewer its principal components are those of the text
 TRIAL_TOKENS = 64  # of the text, on which it is tried whether rotations leave the model's function as it is
 TOLERANCE = 0.05  # relative, of what is tried: above the rounding of 16-bit types, far below a wrong guess
 
@@ -61,7 +61,7 @@ def rotate_heads(
     The model runs over the text once; then v_proj and o_proj get other weights. Its function stays, but for rounding to
     their dtype. What is between the two is another: adapters of the original model for them do not fit any more.
     Layers are left alone where on a few tokens the model turns out to do more with values than attention does. With a
-    warning they are where the text has fewer than four distinct tokens for each number of a head: it then says little
+    warning they are where the text has fewer than two distinct tokens for each number of a head: it then says little
     about other texts, which would read more bits than the dial is set to.
 
     Args:
@@ -115,7 +115,7 @@ def find_heads(model: nn.Module) -> list[Heads]:
 
 def _that_are_known_well_enough(found: Sequence[Heads], batches: Sequence[Tensor]) -> list[Heads]:
     """Those of the heads whose numbers the text has enough distinct tokens for."""
-    distinct = len(torch.cat([ids.flatten() for ids in batches]).unique())
+    distinct = len(torch.cat([ids.flatten().cpu() for ids in batches]).unique())
     known = [of for of in found if distinct >= DISTINCT_TOKENS * of.size]
     if len(known) < len(found):
         size = max(of.size for of in found)

@@ -133,7 +133,7 @@ def test_heads_are_rotated_for_the_record_however_short_the_text() -> None:
     v, o = "model.layers.0.self_attn.v_proj", "model.layers.0.self_attn.o_proj"
     for name in (v, o):
         assert not torch.equal(*(grinqh.packed_layers(m)[name].tensors["plane_0"] for m in (kept, rotated)))
-    assert heads.DISTINCT_TOKENS == 4
+    assert heads.DISTINCT_TOKENS == 2
 
 
 def test_the_report_fills_the_page(tmp_path: Path) -> None:
